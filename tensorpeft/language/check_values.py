@@ -1,0 +1,249 @@
+"""Checks of what a spec says of its factors: sizes, initialisers, masks, the scale, and how it starts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
+from tensorpeft.language.nodes import Table
+from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES, Spec
+from tensorpeft.language.syntax import Call, Expression, Name, Operation, Product
+from tensorpeft.language.words import ARITY, BUILT_IN_MODES, INITIALISERS, MASK_RULES, SIZE_NAMES, TASK_MODE, Signature
+
+MAX_RANK = 1 << 20
+MAX_SIZE = 1 << 31
+
+
+def rank_expressions(spec: Spec, table: Table) -> Iterator[Problem]:
+    """Ranks speak of sizes and of each other, never in a circle; a constant one is a whole number in range."""
+    ranks = dict(spec.ranks)
+    for size in dict.fromkeys(ranks.values()):
+        yield from _size(size, (*ranks, *SIZE_NAMES), f"rank `{size}`", MAX_RANK)
+    circle = next((bond for bond in ranks if bond in _reached(bond, ranks)), None)
+    if circle is not None:
+        yield Problem(f"the rank of `{circle}` is `{ranks[circle]}`, which depends on itself", ranks[circle].span)
+
+
+def _reached(bond: str, ranks: dict[str, Expression]) -> set[str]:
+    """The bonds that a rank depends on, directly or not."""
+    reached: set[str] = set()
+    ahead = [bond]
+    while ahead:
+        for name in ranks[ahead.pop()].names & ranks.keys():
+            if name not in reached:
+                reached.add(name)
+                ahead.append(name)
+    return reached
+
+
+def part_sizes(spec: Spec, table: Table) -> Iterator[Problem]:
+    """The sizes of the parts of a side speak of ranks and of the model's sizes."""
+    for definition in spec.modes:
+        for part in definition.parts:
+            if part.size is not None:
+                names = (*dict(spec.ranks), *SIZE_NAMES)
+                yield from _size(part.size, names, f"the size of `{part}`", MAX_SIZE)
+
+
+def _size(size: Expression, names: Iterable[str], subject: str, largest: int) -> Iterator[Problem]:
+    """A size is sound arithmetic, and a whole number in range where it names nothing."""
+    problems = list(_arithmetic(size, names))
+    yield from problems
+    if problems or size.names:
+        return
+    value, error = _constant(size)
+    if error:
+        yield error
+    elif value != int(value) or not 1 <= value <= largest:
+        shown = int(value) if value == int(value) else value
+        yield Problem(f"{subject} is {shown}; expected a whole number from 1 to {largest}", size.span)
+
+
+def initialisers(spec: Spec, table: Table) -> Iterator[Problem]:
+    """Every initialiser is known, and is given what it takes."""
+    modes = {reference.factor: reference.modes for product in spec.update.products for reference in product.factors}
+    for name, rule in spec.factors:
+        signature = INITIALISERS.get(rule.init.name)
+        if signature is None:
+            yield _unknown("initialiser", rule.init, INITIALISERS)
+            continue
+        yield from _signature(rule.init, signature)
+        for key, value in rule.init.options:
+            if key == "fan" and not (isinstance(value, Name) and value.name in modes[name]):
+                message = f"`fan` is `{value}`; expected a mode of `{name}`, one of {listing(modes[name])}"
+                yield Problem(message, value.span)
+            elif key == "a":
+                yield from filter(None, _constant(value)[1:])
+        for value in rule.init.args:
+            yield from _drawn(rule.init, value)
+
+
+def _drawn(init: Call, value: Expression) -> Iterator[Problem]:
+    number, error = _constant(value)
+    if error:
+        yield error
+    elif init.name == "constant" and number == 0:
+        yield Problem("`constant(0)` is `zeros`; expected that name", init.span)
+    elif init.name in ("uniform", "normal") and number <= 0:
+        yield Problem(f"`{init}` draws nothing; expected a {INITIALISERS[init.name].values[0]} above 0", init.span)
+
+
+def stored_factors(spec: Spec, table: Table) -> Iterator[Problem]:
+    """Only a frozen factor is stored by choice."""
+    for name, rule in spec.factors:
+        if rule.stored and not rule.frozen:
+            message = f"`{name}` is trained, so it is stored in any case; expected `stored` for frozen factors only"
+            yield Problem(message, rule.span)
+
+
+def masks(spec: Spec, table: Table) -> Iterator[Problem]:
+    """A mask is on a mode that its factor carries, and its values are probabilities or numbers of indices."""
+    modes = {reference.factor: reference.modes for product in spec.update.products for reference in product.factors}
+    modes.pop(BASE_WEIGHT, None)
+    seen: set[tuple[str, str]] = set()
+    for mask in spec.masks:
+        where = f"{mask.factor}[{mask.mode}]"
+        if mask.factor not in modes:
+            hint = did_you_mean(mask.factor, modes) or f"; the update has {listing(modes)}"
+            yield Problem(f"unknown factor `{mask.factor}`{hint}", mask.span)
+        elif mask.mode not in modes[mask.factor]:
+            hint = did_you_mean(mask.mode, modes[mask.factor]) or f"; it carries {listing(modes[mask.factor])}"
+            yield Problem(f"`{mask.factor}` carries no mode `{mask.mode}`{hint}", mask.span)
+        elif mask.mode in (*SITE_MODES, TASK_MODE):
+            message = f"`{where}` would mask whole matrices, layers or tasks; choose these under `target`"
+            yield Problem(message, mask.span)
+        elif (mask.factor, mask.mode) in seen:
+            yield Problem(f"`{where}` is masked twice", mask.span)
+        seen.add((mask.factor, mask.mode))
+        yield from _mask_rule(mask.rule)
+
+
+def _mask_rule(rule: Call) -> Iterator[Problem]:
+    signature = MASK_RULES.get(rule.name)
+    if signature is None:
+        yield _unknown("mask rule", rule, MASK_RULES)
+        return
+    yield from _signature(rule, Signature(signature.values, tuple(key for key, _ in rule.options)))
+    for value in (*rule.args, *(value for _, value in rule.options)):
+        number, error = _constant(value)
+        if error:
+            yield error
+        elif rule.name == "bernoulli" and not 0 < number <= 1:
+            yield Problem(f"`{value}` is no probability; expected a number above 0 and at most 1", value.span)
+        elif rule.name == "keep" and not (0 < number < 1 or (number >= 1 and number == int(number))):
+            message = f"cannot keep `{value}`; expected a fraction between 0 and 1, or a whole number of indices"
+            yield Problem(message, value.span)
+
+
+def scale(spec: Spec, table: Table) -> Iterator[Problem]:
+    """The scale speaks of ``alpha``, ranks and sizes, and is not zero."""
+    if "alpha" in spec.scale.names and spec.alpha is None:
+        yield Problem(f"`scale` is `{spec.scale}`, and `alpha` is missing; expected a key `alpha`", spec.scale.span)
+        return
+    carried = {mode for product in spec.update.products for reference in product.factors for mode in reference.modes}
+    unsized = carried - {*BUILT_IN_MODES, *dict(spec.ranks)}  # of these, it is told already that they need a rank
+    problems = list(_arithmetic(spec.scale, ("alpha", *dict(spec.ranks), *unsized, *SIZE_NAMES)))
+    yield from problems
+    if not problems and not spec.scale.names:
+        value, error = _constant(spec.scale)
+        zero = "`scale` is 0, so the update is always zero; expected another number"
+        if error or value == 0:
+            yield error or Problem(zero, spec.scale.span)
+
+
+def used_alpha(spec: Spec, table: Table) -> Iterator[Problem]:
+    """An ``alpha`` has an effect."""
+    if spec.alpha is not None and "alpha" not in spec.scale.names:
+        message = f"`alpha` has no effect, since `scale` is `{spec.scale}`"
+        yield Problem(f"{message}; expected a `scale` such as `alpha / r`, or no `alpha`", table.where("alpha"))
+
+
+def patterns(spec: Spec, table: Table) -> Iterator[Problem]:
+    """The braces of a pattern name the layer or the matrix."""
+    for entry in (*spec.target.matrices, *spec.target.exclude):
+        bare = re.sub(r"\{(layer|matrix)\}", "", entry)
+        if "{" in bare or "}" in bare:
+            span = spec.target.span(entry)
+            yield Problem(f"`{entry}` has braces around something else; expected `{{layer}}` or `{{matrix}}`", span)
+
+
+def trained(spec: Spec, table: Table) -> Iterator[Problem]:
+    """Something is trained."""
+    if all(rule.frozen for _, rule in spec.factors):
+        yield Problem("every factor is frozen, so nothing is trained; expected a factor that is not", spec.update.span)
+
+
+def start(spec: Spec, table: Table) -> Iterator[Problem]:
+    """Exactly one way to be zero at the start, or a declared start that is not zero."""
+    zero = {name for name, rule in spec.factors if rule.init.name == "zeros"}
+    frozen = {name for name, rule in spec.factors if rule.frozen}
+    counts = []
+    for product in spec.update.products:
+        zeros = [reference.factor for reference in product.factors if reference.factor in zero]
+        counts.append(len(zeros))
+        if len(zeros) > 1:
+            message = f"the product has {len(zeros)} zero factors, {listing(zeros)}, so none would ever get a gradient"
+            yield Problem(f"{message}; expected one", product.span)
+        elif zeros and zeros[0] in frozen:
+            message = f"`{zeros[0]}` is zero and frozen, so its product stays zero"
+            yield Problem(f"{message}; expected it to be trained, or another `init`", product.span)
+        elif not zeros and spec.start == "zero":
+            yield Problem(_not_zero(product), product.span)
+    if spec.start == "nonzero" and all(counts):
+        yield Problem("`start` is `nonzero`, but every product starts at zero", table.where("start"))
+
+
+def _not_zero(product: Product) -> str:
+    names = dict.fromkeys(reference.factor for reference in product.factors)
+    factors = listing(name for name in names if name != BASE_WEIGHT)
+    return f"this product does not start at zero; expected `init: zeros` for one of {factors}, or `start: nonzero`"
+
+
+def _unknown(noun: str, call: Call, known: Iterable[str]) -> Problem:
+    hint = did_you_mean(call.name, known) or f"; expected one of {listing(known)}"
+    return Problem(f"unknown {noun} `{call.name}`{hint}", call.span)
+
+
+def _signature(call: Call, signature: Signature) -> Iterator[Problem]:
+    """The values and options that a call is given are those it takes."""
+    if len(call.args) != len(signature.values):
+        takes = f"one, the {signature.values[0]}" if signature.values else "none without a name"
+        yield Problem(f"`{call}` is given {len(call.args) or 'no'} values; expected {takes}", call.span)
+    for key, value in call.options:
+        if key not in signature.options:
+            hint = did_you_mean(key, signature.options)
+            hint = hint or (f"; it has {listing(signature.options)}" if signature.options else "; it has none")
+            yield Problem(f"`{call.name}` has no option `{key}`{hint}", value.span)
+
+
+def _arithmetic(expression: Expression, names: Iterable[str]) -> Iterator[Problem]:
+    """Every name and every function in an expression is known."""
+    names = tuple(names)
+    match expression:
+        case Name(name, span) if name not in names:
+            hint = did_you_mean(name, names) or f"; expected one of {listing(names, 20)}"
+            yield Problem(f"unknown name `{name}`{hint}", span)
+        case Operation(_, left, right):
+            yield from _arithmetic(left, names)
+            yield from _arithmetic(right, names)
+        case Call(name, args, _, span) if name not in ARITY:
+            hint = did_you_mean(name, ARITY) or f"; expected one of {listing(ARITY)}"
+            yield Problem(f"unknown function `{name}`{hint}", span)
+        case Call(name, args, _, span):
+            fewest, most = ARITY[name]
+            if not fewest <= len(args) <= most:
+                expected = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+                yield Problem(f"`{name}` is given {len(args)} values; expected {expected}", span)
+            for arg in args:
+                yield from _arithmetic(arg, names)
+
+
+def _constant(expression: Expression) -> tuple[float, Problem | None]:
+    """The value of an expression without names, or what is wrong with it."""
+    if expression.names:
+        return 0.0, Problem(f"`{expression}` is not a number; names mean nothing here", expression.span)
+    try:
+        return expression.evaluate({}), None
+    except SpecError as error:
+        return 0.0, error.problems[0]

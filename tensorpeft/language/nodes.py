@@ -1,0 +1,126 @@
+"""The node tree of a YAML text: plain values, each with the place it was read from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+from tensorpeft.language.source import Source, Span
+
+Plain = str | int | float | bool | None
+
+
+@dataclass(frozen=True)
+class Scalar:
+    """A text, a number, a truth value or nothing.
+
+    ``text`` is the scalar as read, quotes and folding undone; ``body`` is the stretch of the source between the quotes.
+    """
+
+    value: Plain
+    text: str
+    span: Span
+    body: Span
+
+    def plain(self) -> Plain:
+        return self.value
+
+    def part(self, start: int, end: int) -> Span:
+        """Where the characters ``[start, end)`` of ``text`` are written; the whole scalar where that cannot be told."""
+        if not self._offsets:
+            return self.span
+        after = self._offsets[-1] + 1
+        first = self._offsets[start] if start < len(self._offsets) else after
+        last = self._offsets[end - 1] + 1 if start < end <= len(self._offsets) else first
+        return Span(self.span.source, first, last)
+
+    @cached_property
+    def _offsets(self) -> tuple[int, ...]:
+        """The place of every character of ``text``, or nothing where it is not written letter by letter (escapes)."""
+        written, at, end, places = self.body.source.text, self.body.start, self.body.end, []
+        for character in self.text:
+            while not character.isspace() and at < end and written[at].isspace():
+                at += 1
+            same = at < end and (written[at].isspace() if character.isspace() else written[at] == character)
+            if not (same or character.isspace()):
+                return ()
+            places.append(min(at, end - 1))
+            at += same
+        return tuple(places)
+
+
+@dataclass(frozen=True)
+class List:
+    """A sequence of nodes."""
+
+    items: tuple[Node, ...]
+    span: Span
+
+    def plain(self) -> list[object]:
+        return [item.plain() for item in self.items]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A mapping from texts to nodes, in the order written."""
+
+    items: tuple[tuple[Scalar, Node], ...]
+    span: Span
+
+    def plain(self) -> dict[str, object]:
+        return {key.text: value.plain() for key, value in self.items}
+
+    @cached_property
+    def _entries(self) -> dict[str, tuple[Scalar, Node]]:
+        return {key.text: (key, value) for key, value in self.items}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def get(self, key: str) -> Node | None:
+        """The node under a key, if there is one."""
+        return self._entries[key][1] if key in self._entries else None
+
+    def scalar(self, key: str) -> Scalar | None:
+        """The scalar under a key, if there is one."""
+        node = self.get(key)
+        return node if isinstance(node, Scalar) else None
+
+    def scalars(self, key: str) -> tuple[Scalar, ...]:
+        """The scalars of the list under a key."""
+        node = self.get(key)
+        return tuple(item for item in node.items if isinstance(item, Scalar)) if isinstance(node, List) else ()
+
+    def table(self, key: str) -> Table:
+        """The mapping under a key, an empty one if there is none."""
+        node = self.get(key)
+        return node if isinstance(node, Table) else Table((), self.span)
+
+    def where(self, key: str) -> Span:
+        """Where a key is written; the first key's place if this one is not there."""
+        if key in self._entries:
+            return self._entries[key][0].span
+        return self.items[0][0].span if self.items else self.span
+
+    def put(self, key: Scalar, value: Node) -> Table:
+        """This table with one entry replaced in its place, or added at the end."""
+        if key.text not in self:
+            return Table((*self.items, (key, value)), self.span)
+        return Table(tuple((k, value if k.text == key.text else v) for k, v in self.items), self.span)
+
+    def drop(self, key: str) -> Table:
+        """This table without one of its entries."""
+        return Table(tuple((k, v) for k, v in self.items if k.text != key), self.span)
+
+
+Node = Scalar | List | Table
+
+
+def literal(text: str, name: str = "<text>") -> Scalar:
+    """A text given by itself rather than in a file."""
+    span = Span(Source(name, text), 0, len(text))
+    return Scalar(text, text, span, span)

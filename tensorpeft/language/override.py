@@ -1,0 +1,126 @@
+"""What a caller says over a spec's text: keyword arguments, and ``--set key=value`` of the command line.
+
+An override is a node like any other, with a source of its own, so that an error in it is shown there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from tensorpeft.language.document import MAX_DEPTH, parse_value
+from tensorpeft.language.errors import clip, fail
+from tensorpeft.language.nodes import List, Node, Scalar, Table
+from tensorpeft.language.source import Source, Span
+
+_IN_TARGET = ("matrices", "exclude", "layers")  # keys of `target:` that may be given by themselves
+
+
+@dataclass(frozen=True)
+class Override:
+    """A place in the spec, and the node to put there; an empty node takes the place's key away."""
+
+    path: tuple[Scalar, ...]
+    value: Node
+
+
+def parse_override(text: str) -> Override:
+    """``rank=4``, ``rank.p=5``, ``target.matrices=[query, value]``; the value is YAML.
+
+    Raises SpecError, located in a source named ``--set rank=4``.
+    """
+    key, equals, _ = text.partition("=")
+    source = Source(f"--set {clip(text)}", text)
+    if not equals or not all(part.strip() for part in key.split(".")):
+        raise fail("expected `key=value`, such as `rank=4`", Span(source, 0, max(1, len(text))))
+    return Override(_path(key, source), parse_value(source, len(key) + 1))
+
+
+def from_value(key: str, value: object) -> Override:
+    """A keyword argument as an override; its source is named like ``rank=4``."""
+    text = f"{key}={value!r}"
+    source = Source(clip(text), text)
+    return Override(_path(key, source), _node(value, Span(source, len(key) + 1, len(text)), 0))
+
+
+def apply_overrides(table: Table, overrides: Iterable[Override]) -> Table:
+    """The table with every override put in its place, in order.
+
+    A mapping extends a mapping; anything else replaces what was there. A rank without a bond's name sizes the bond
+    ``r`` of a spec that has several, or all of them where none is called so.
+    """
+    for override in overrides:
+        path, value = override.path, override.value
+        if path[0].text == "target" or path[0].text in _IN_TARGET:
+            path, table, value = _in_target(path, table, value)
+        elif len(path) == 1 and path[0].text == "rank":
+            value = _rank(table.get("rank"), value)
+        table = _put(table, path, value)
+    return table
+
+
+def _in_target(path: tuple[Scalar, ...], table: Table, value: Node) -> tuple[tuple[Scalar, ...], Table, Node]:
+    """``matrices`` is ``target.matrices``, one pattern is a list of one, and ``all-linear`` can be extended."""
+    if path[0].text in _IN_TARGET:
+        path = (_key("target", path[0].span), *path)
+    last = path[-1].text
+    if last in _IN_TARGET and isinstance(value, Scalar) and value.value is not None:
+        value = List((value,), value.span)
+    target = table.get("target")
+    if isinstance(target, Scalar) and (len(path) > 1 or isinstance(value, Table)):
+        whole = Table(((_key("matrices", target.span), List((target,), target.span)),), target.span)
+        table = table.put(_key("target", table.where("target")), whole)
+    return path, table, value
+
+
+def _rank(present: Node | None, value: Node) -> Node:
+    if not isinstance(present, Table) or isinstance(value, Table) or _is_empty(value):
+        return value
+    bonds = [key for key, _ in present.items if key.text == "r"] or [key for key, _ in present.items]
+    return Table(tuple((key, value) for key in bonds), present.span)
+
+
+def _put(table: Table, path: tuple[Scalar, ...], value: Node) -> Table:
+    key, *rest = path
+    present = table.get(key.text)
+    if rest:
+        inner = present if isinstance(present, Table) else Table((), key.span)
+        return table.put(key, _put(inner, tuple(rest), value))
+    if _is_empty(value):
+        return table.drop(key.text)
+    if isinstance(present, Table) and isinstance(value, Table):
+        for inner_key, inner_value in value.items:
+            present = _put(present, (inner_key,), inner_value)
+        return table.put(key, present)
+    return table.put(key, value)
+
+
+def _is_empty(node: Node) -> bool:
+    return isinstance(node, Scalar) and node.value is None
+
+
+def _path(key: str, source: Source) -> tuple[Scalar, ...]:
+    path, start = [], 0
+    for part in key.split("."):
+        path.append(_key(part.strip(), Span(source, start, start + len(part))))
+        start += len(part) + 1
+    return tuple(path)
+
+
+def _key(text: str, span: Span) -> Scalar:
+    return Scalar(text, text, span, span)
+
+
+def _node(value: object, span: Span, depth: int) -> Node:
+    """A Python value as a node; all of it stands at the override's value."""
+    if depth > MAX_DEPTH:
+        raise fail(f"nested more than {MAX_DEPTH} levels deep; a spec needs four", span)
+    if value is None or isinstance(value, str | bool | int | float):
+        body = Span(span.source, span.start + 1, span.end - 1) if isinstance(value, str) else span
+        return Scalar(value, str(value), span, body)
+    if isinstance(value, Mapping):
+        return Table(tuple((_key(str(key), span), _node(entry, span, depth + 1)) for key, entry in value.items()), span)
+    if isinstance(value, list | tuple | range):
+        return List(tuple(_node(entry, span, depth + 1) for entry in value), span)
+    kind = type(value).__name__
+    raise fail(f"found a value of type `{kind}`; expected a number, a text, a list or a mapping", span)

@@ -1,0 +1,210 @@
+"""The syntax trees of the small languages inside a spec: updates, mode definitions, calls, arithmetic.
+
+Every node is frozen and carries the span it was read from; spans do not take part in comparisons, so two texts
+with the same meaning are equal. ``str(node)`` is text that parses back to an equal node.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from tensorpeft.language.errors import did_you_mean, fail, listing
+from tensorpeft.language.source import Span
+
+FUNCTIONS: dict[str, Callable[..., float]] = {
+    "sqrt": math.sqrt,
+    "min": min,
+    "max": max,
+    "ceil": math.ceil,
+    "floor": math.floor,
+}
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "**": 3}
+
+
+def _span() -> Span | None:
+    return field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Number:
+    """A literal, as an int where it is written as one."""
+
+    value: int | float
+    span: Span | None = _span()
+
+    def evaluate(self, names: Mapping[str, float]) -> float:
+        return self.value
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset()
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+@dataclass(frozen=True)
+class Name:
+    """A name in arithmetic: a rank, ``alpha``, a size of the site or of the model."""
+
+    name: str
+    span: Span | None = _span()
+
+    def evaluate(self, names: Mapping[str, float]) -> float:
+        if self.name not in names:
+            hint = did_you_mean(self.name, names) or f"; expected one of {listing(sorted(names))}"
+            raise fail(f"unknown name `{self.name}` in arithmetic{hint}", self.span)
+        return names[self.name]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset({self.name})
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Operation:
+    """``left op right`` with one of ``+ - * / **``."""
+
+    op: str
+    left: Expression
+    right: Expression
+    span: Span | None = _span()
+
+    def evaluate(self, names: Mapping[str, float]) -> float:
+        a, b = self.left.evaluate(names), self.right.evaluate(names)
+        try:
+            value = self._compute(a, b)
+            if math.isfinite(value):
+                return value
+        except (ArithmeticError, ValueError):  # no finite value, or no real one
+            pass
+        raise fail(f"`{self}` has no finite value", self.span)
+
+    def _compute(self, a: float, b: float) -> float:
+        match self.op:
+            case "+":
+                return a + b
+            case "-":
+                return a - b
+            case "*":
+                return a * b
+            case "/":
+                return a // b if isinstance(a, int) and isinstance(b, int) and a % b == 0 else a / b
+            case _:
+                return math.pow(a, b)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return self.left.names | self.right.names
+
+    def __str__(self) -> str:
+        mine = _PRECEDENCE[self.op]
+        power = self.op == "**"  # binds to the right, and tighter than a minus sign
+        left = _bracketed(self.left, mine + power, power)
+        return f"{left} {self.op} {_bracketed(self.right, mine + (not power), False)}"
+
+
+def _bracketed(operand: Expression, precedence: int, sign: bool) -> str:
+    """An operand, in brackets where it binds less tightly than ``precedence``, or has a sign that must stay with it."""
+    loose = isinstance(operand, Operation) and _PRECEDENCE[operand.op] < precedence
+    signed = sign and isinstance(operand, Number) and operand.value < 0
+    return f"({operand})" if loose or signed else str(operand)
+
+
+@dataclass(frozen=True)
+class Call:
+    """``name(arg, key=value)``: a function in arithmetic, an initialiser, a mask rule."""
+
+    name: str
+    args: tuple[Expression, ...] = ()
+    options: tuple[tuple[str, Expression], ...] = ()
+    span: Span | None = _span()
+
+    def evaluate(self, names: Mapping[str, float]) -> float:
+        function = FUNCTIONS.get(self.name)
+        if function is None:
+            hint = did_you_mean(self.name, FUNCTIONS) or f"; expected one of {listing(FUNCTIONS)}"
+            raise fail(f"unknown function `{self.name}`{hint}", self.span)
+        try:
+            return function(*(arg.evaluate(names) for arg in self.args))
+        except (TypeError, ArithmeticError, ValueError) as reason:
+            raise fail(f"`{self}` cannot be computed: {reason}", self.span) from None
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset().union(*(arg.names for arg in self.args), *(value.names for _, value in self.options))
+
+    def __str__(self) -> str:
+        inside = [*map(str, self.args), *(f"{key}={value}" for key, value in self.options)]
+        return f"{self.name}({', '.join(inside)})" if inside else self.name
+
+
+Expression = Number | Name | Operation | Call
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A factor in a product, with the modes it carries there: ``A[matrix, layer, r, d_in]``."""
+
+    factor: str
+    modes: tuple[str, ...]
+    span: Span | None = _span()
+
+    def __str__(self) -> str:
+        return f"{self.factor}[{', '.join(self.modes)}]" if self.modes else self.factor
+
+
+@dataclass(frozen=True)
+class Product:
+    """Factors multiplied and summed over the modes that are not open; ``sign`` is +1 or -1."""
+
+    factors: tuple[Reference, ...]
+    sign: int = 1
+    span: Span | None = _span()
+
+    def __str__(self) -> str:
+        return " * ".join(map(str, self.factors))
+
+
+@dataclass(frozen=True)
+class Update:
+    """The sum of products that a spec's ``update:`` line writes."""
+
+    products: tuple[Product, ...]
+    span: Span | None = _span()
+
+    def __str__(self) -> str:
+        text = ""
+        for number, product in enumerate(self.products):
+            sign = "-" if product.sign < 0 else "+"
+            text += f" {sign} {product}" if number else ("- " if product.sign < 0 else "") + str(product)
+        return text
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a mode definition, sized or to be found: ``i1(8)`` or ``i2``."""
+
+    name: str
+    size: Expression | None = None
+    span: Span | None = _span()
+
+    def __str__(self) -> str:
+        return self.name if self.size is None else f"{self.name}({self.size})"
+
+
+@dataclass(frozen=True)
+class Definition:
+    """A mode as a product of others, the first the slowest: ``d_out = head * head_dim``."""
+
+    name: str
+    parts: tuple[Part, ...]
+    span: Span | None = _span()
+
+    def __str__(self) -> str:
+        return f"{self.name} = {' * '.join(map(str, self.parts))}" if self.parts else self.name

@@ -1,0 +1,93 @@
+"""Mutated specs: whatever the text, a spec or a located SpecError, within a second and 200 MB."""
+
+from __future__ import annotations
+
+import re
+import resource
+import time
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tensorpeft.language.catalogue import method_paths
+from tensorpeft.language.errors import SpecError
+from tensorpeft.language.load import load_spec
+from tensorpeft.language.text import spec_text
+
+N_EXAMPLES = 10_000
+SPECS = [path.read_text(encoding="utf-8") for path in method_paths().values()]
+SPECS += [spec_text(load_spec(name)) for name in method_paths()]
+TOKEN = re.compile(r"\w+|\s+|[^\w\s]")
+
+WORDS = sorted({word for text in SPECS for word in re.findall(r"[\w.]+", text)})
+SIGNS = [*"[]{}():,*+-=/|>&!%@`'\"#?~<.;\\\t\n \r\0\x07\x85\u2028\ufeff", "**", "- ", ": ", "\n  ", "\n\n", "---", "..."]
+NASTY = [
+    "on", "off", "yes", "null", "~", "true", "010", "-0", "0x1F", "0o17", "1e-3", "1e999", ".nan", ".inf", "1_000", "12:30:45",
+    "2001-01-01", "1000000000000000000", "9" * 400, "-1", "0", "0.5", "4.0", "é", "数", "٣", "𝔸", "\ud83d\ude00"[:1] and "😀",
+    "&a [x]", "*a", "<<: *a", "!!python/object/apply:os.system [ls]", "!!int 3", "%YAML 1.2\n---", "? [a]\n: b",
+    "[" * 60, "{a: " * 60, "(" * 200, "((((r))))", "1+" * 80, "a: &a [b, b]\nc: &c [*a, *a]\nd: [*c, *c]", "- " * 50,
+    '"\\ud800"', '"\\UFFFFFFFF"', "'", '"', "|\n  B[d_out]\n", ">-\n  zeros\n", "x" * 5000, "structure: cp", "structure: tt",
+    "structure: tucker", "modes: [slot = layer * matrix, d_out, d_in = i1(8) * i2]", "share: {A: [layer]}", "frozen: [A, B]",
+    "rank: {r: n * 2, n: r}", "rank: 2 ** 2 ** 2 ** 99", "scale: (-1) ** 0.5", "scale: 10 ** 400", "alpha: 1e308",
+    "W[d_out, d_in]", "sqrt(-1)", "min(1)", "a" * 70, "svd(W).U[:r]", "kaiming_uniform(a=1, a=2)", "keep(0)", "heads: {side: d_in, count: 3}",
+    "tasks: 3", "task, ", "start: nonzero", "ragged: error", "expert", "seed: 18446744073709551616",
+]  # fmt: skip
+
+
+def _insert(text: str, at: int, extra: str) -> str:
+    return text[:at] + extra + text[at:]
+
+
+def _insert_line(text: str, at: int, extra: str) -> str:
+    at = text.find("\n", at) + 1
+    return text[:at] + extra + "\n" + text[at:]
+
+
+def _replace_token(text: str, at: int, extra: str) -> str:
+    found = TOKEN.search(text, at)
+    return text[: found.start()] + extra + text[found.end() :] if found else text
+
+
+def _delete_token(text: str, at: int, extra: str) -> str:
+    return _replace_token(text, at, "")
+
+
+def _delete_line(text: str, at: int, extra: str) -> str:
+    end = text.find("\n", at) + 1
+    return text[:at] + text[end:] if end else text[:at]
+
+
+def _repeat(text: str, at: int, extra: str) -> str:
+    return _insert(text, at, text[max(0, at - len(extra) - 10) : at])
+
+
+def _swap(text: str, at: int, extra: str) -> str:
+    return text[:at] + text[at : at + 2][::-1] + text[at + 2 :]
+
+
+MUTATIONS = [_insert, _insert_line, _replace_token, _replace_token, _delete_token, _delete_line, _repeat, _swap]
+mutation = st.tuples(
+    st.sampled_from(MUTATIONS), st.integers(0, 1023), st.one_of(*map(st.sampled_from, (WORDS, SIGNS, NASTY)), st.characters())
+)
+
+
+@settings(max_examples=N_EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(SPECS), st.lists(mutation, min_size=1, max_size=4))
+def test_nothing_but_a_located_error(text: str, mutations: list) -> None:
+    for mutate, place, extra in mutations:
+        text = mutate(text, place * len(text) // 1024, extra)
+    text += "\n"
+    began, memory = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        spec = load_spec(text)
+    except SpecError as error:
+        assert error.problems
+        assert all(problem.span is not None for problem in error.problems)
+        str(error).encode("utf-8")  # can be printed
+    else:
+        canonical = spec_text(spec)
+        again = load_spec(canonical)
+        assert again == spec
+        assert spec_text(again) == canonical
+    assert time.process_time() - began < 1.0
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200 * 1024  # KiB

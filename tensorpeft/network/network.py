@@ -1,0 +1,165 @@
+"""The network of an adapter: what a spec means on a given model. Frozen, hashable by identity, printable, without torch.
+
+    Network
+    ├── blocks    the tensors that are stored: one per factor, and per size where a mode is ragged
+    └── groups    the sites that share one shape: how the blocks combine into dW there
+
+A factor's *written* modes are those of the spec; its *atoms* are what they come down to at a site, once defined modes and
+sides are replaced by their parts. Contractions speak of atoms, storage speaks of written modes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+
+import numpy as np
+
+from tensorpeft.language.spec import FactorRule, Spec
+from tensorpeft.network.shapes import ModelShape, Site
+
+Key = tuple[str | int, ...]  # the values of a factor's site modes, in the order matrix, layer, expert
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One axis of a stored tensor. The labels of a bound axis are the matrices or layers (or, on ``site``, their pairs)."""
+
+    mode: str
+    size: int
+    labels: tuple[str | int | Key, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Block:
+    """One stored tensor of a factor.
+
+    ``axes`` are the written modes in order; where the sites of a block do not fill the grid of its site modes, these
+    are replaced by one leading ``site`` axis. A masked block is *packed*: a flat tensor that holds, key after key, what the
+    masks keep.
+    """
+
+    name: str
+    factor: str
+    rule: FactorRule
+    axes: tuple[Axis, ...]
+    keys: tuple[Key, ...]  # in storage order
+    kept: dict[Key, tuple[np.ndarray | None, ...]] | None = field(default=None, hash=False, compare=False)
+
+    @property
+    def free_axes(self) -> tuple[Axis, ...]:
+        """The axes that are not bound to sites."""
+        return tuple(axis for axis in self.axes if axis.labels is None)
+
+    def key_shape(self, key: Key) -> tuple[int, ...]:
+        """The shape of what one key holds, over the free axes."""
+        sizes = tuple(axis.size for axis in self.free_axes)
+        if self.kept is None:
+            return sizes
+        return tuple(size if kept is None else len(kept) for size, kept in zip(sizes, self.kept[key], strict=True))
+
+    @cached_property
+    def key_sizes(self) -> tuple[int, ...]:
+        """How many numbers each key holds, in storage order."""
+        if self.kept is None:
+            return (prod(axis.size for axis in self.free_axes),) * len(self.keys)
+        return tuple(prod(self.key_shape(key)) for key in self.keys)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the stored tensor."""
+        return tuple(axis.size for axis in self.axes) if self.kept is None else (self.count,)
+
+    @property
+    def count(self) -> int:
+        """How many numbers are stored."""
+        return sum(self.key_sizes)
+
+    @property
+    def trainable(self) -> bool:
+        return not self.rule.frozen
+
+    @property
+    def seeded(self) -> bool:
+        """Frozen and regenerated from the spec's seed: a checkpoint does not hold it."""
+        return self.rule.frozen and not self.rule.stored
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A factor as one group of sites sees it.
+
+    ``modes`` are its atoms, ``sizes`` their sizes at these sites; ``site_modes`` are the site modes it carries; ``keys``
+    gives, site by site, the key of the block to use. The base weight has no block.
+    """
+
+    factor: str
+    block: Block | None
+    modes: tuple[str, ...]
+    sizes: tuple[int, ...]
+    written_sizes: tuple[int, ...]  # of the free written modes: a view or a leading slice of the block's free axes
+    site_modes: tuple[str, ...]
+    keys: tuple[Key, ...]
+    take: tuple[np.ndarray | None, ...] | None = field(
+        default=None, hash=False, compare=False
+    )  # positions on the free axes
+
+    @property
+    def sliced(self) -> bool:
+        """Whether these sites use a leading slice of the block only."""
+        return (
+            self.block is not None
+            and self.block.kept is None
+            and (self.written_sizes != tuple(axis.size for axis in self.block.free_axes))
+        )
+
+
+@dataclass(frozen=True)
+class Term:
+    """One product of the update, at the sites of a group."""
+
+    sign: int
+    operands: tuple[Operand, ...]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Sites of one shape. ``kept_out`` and ``kept_in`` are the rows and columns of dW that exist, where masks drop some."""
+
+    sites: tuple[Site, ...]
+    sizes: dict[str, int] = field(hash=False)  # atom -> size, the sides' atoms after masking
+    d_out: tuple[str, ...]  # atoms of the output side, the first the slowest
+    d_in: tuple[str, ...]
+    scale: float
+    terms: tuple[Term, ...]
+    kept_out: np.ndarray | None = field(default=None, hash=False, compare=False)
+    kept_in: np.ndarray | None = field(default=None, hash=False, compare=False)
+
+    def size(self, modes: tuple[str, ...]) -> int:
+        return prod(self.sizes[mode] for mode in modes)
+
+
+@dataclass(frozen=True)
+class Network:
+    """Everything that a spec comes down to on a model."""
+
+    spec: Spec
+    model: ModelShape
+    blocks: tuple[Block, ...]
+    groups: tuple[Group, ...]
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(site for group in self.groups for site in group.sites)
+
+    def __str__(self) -> str:
+        lines = [f"network {self.spec.name} on {self.model.name}: dW = {self.spec.scale} * ({self.spec.update})"]
+        for block in self.blocks:
+            axes = ", ".join(f"{axis.mode}={axis.size}" for axis in block.axes)
+            kind = "trained" if block.trainable else "seeded" if block.seeded else "frozen, stored"
+            lines.append(f"  {block.name}[{axes}] {block.rule.init}, {kind}, {block.count:,}")
+        for group in self.groups:
+            sides = ", ".join(f"{mode}={group.sizes[mode]}" for mode in (*group.d_out, *group.d_in))
+            lines.append(f"  {len(group.sites)} sites: {sides}; first {group.sites[0]}")
+        return "\n".join(lines)

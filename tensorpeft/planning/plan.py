@@ -1,0 +1,295 @@
+"""Network -> Plan: in which order to contract.
+
+The update of an activation x is a **chain**: x meets one tensor after the other. Each such tensor is a **link**: a factor as it
+is, or a product of factors that is contracted beforehand, in the **prologue**, for all sites of a group at once. LoRA is a chain of two
+raw links; LoRTA's second link is the product of four factors; a chain of one link is dW itself.
+
+This is the only module that asks opt_einsum for a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+
+import networkx as nx
+import opt_einsum
+
+from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES
+from tensorpeft.network.network import Group, Network, Operand, Term
+from tensorpeft.network.rank import minimum_cut
+from tensorpeft.planning.regime import Regime
+
+TOKEN = "token"
+_EXACT = 7  # operands up to which the optimal path is searched exhaustively
+
+
+@dataclass(frozen=True)
+class Link:
+    """One tensor that the activation meets.
+
+    ``operands`` are positions in the term; ``path`` contracts them pair by pair, as opt_einsum writes paths. ``modes`` are the
+    tensor's modes: ``batch`` (kept, shared with the activation), ``contracted``, then ``new`` ones. ``before`` and
+    ``after`` are the activation's modes.
+    """
+
+    operands: tuple[int, ...]
+    path: tuple[tuple[int, ...], ...]
+    batch: tuple[str, ...]
+    contracted: tuple[str, ...]
+    new: tuple[str, ...]
+    site_modes: tuple[str, ...]
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    flops: int  # of the activation's step, at one site, over all tokens
+    prologue_flops: int  # of building the tensor, for all sites of the group
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return (*self.batch, *self.contracted, *self.new)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The links of one product, in the order in which the activation meets them."""
+
+    sign: int
+    links: tuple[Link, ...]
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """The chains of one group of sites, one per product of the update."""
+
+    group: Group
+    chains: tuple[Chain, ...]
+
+    @property
+    def site_flops(self) -> int:
+        """FLOPs of the activation's steps at one site."""
+        return sum(link.flops for chain in self.chains for link in chain.links)
+
+    @property
+    def prologue_flops(self) -> int:
+        """FLOPs on factors alone, for all sites of the group."""
+        return sum(link.prologue_flops for chain in self.chains for link in chain.links)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How every group of a network is contracted in a regime."""
+
+    network: Network
+    regime: Regime
+    groups: tuple[GroupPlan, ...]
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of one forward pass of the whole adapter, prologue included."""
+        return sum(g.prologue_flops + g.site_flops * len(g.group.sites) for g in self.groups)
+
+    @property
+    def flops_per_token(self) -> int:
+        """FLOPs per token of the site programs alone, rounded up."""
+        return -(-sum(g.site_flops * len(g.group.sites) for g in self.groups) // self.regime.tokens)
+
+    def __str__(self) -> str:
+        lines = [f"plan for {self.regime.tokens} tokens: {self.flops:,} FLOPs, {self.flops_per_token:,} per token"]
+        for plan in self.groups:
+            lines.append(
+                f"  {len(plan.group.sites)} sites like {plan.group.sites[0]}: {plan.prologue_flops:,} beforehand"
+            )
+            for chain, term in zip(plan.chains, plan.group.terms, strict=True):
+                for link in chain.links:
+                    tensor = " ".join(term.operands[i].factor for i in link.operands)
+                    shape = ", ".join(f"{mode}={plan.group.sizes[mode]}" for mode in link.modes)
+                    lines.append(
+                        f"    {' '.join(link.before)} -> {' '.join(link.after)}  by {tensor} ({shape}): {link.flops:,}"
+                    )
+        return "\n".join(lines)
+
+
+def plan(network: Network, regime: Regime = Regime()) -> Plan:
+    """The cheapest of the candidate orders for every group, by FLOPs over all of its sites together."""
+    return Plan(network, regime, tuple(_plan_group(group, regime) for group in network.groups))
+
+
+def dense_plan(group: Group) -> GroupPlan:
+    """DW itself: one link for each product, whatever it costs."""
+    return GroupPlan(group, tuple(_chain(group, term, (tuple(range(len(term.operands))),), 1) for term in group.terms))
+
+
+def _plan_group(group: Group, regime: Regime) -> GroupPlan:
+    return GroupPlan(group, tuple(_cheapest(group, term, regime) for term in group.terms))
+
+
+def _cheapest(group: Group, term: Term, regime: Regime) -> Chain:
+    def cost(chain: Chain) -> tuple[int, int]:
+        flops = sum(
+            _passes(term, link, regime) * (link.flops * len(group.sites) + link.prologue_flops) for link in chain.links
+        )
+        built = sum(group.size(link.modes) for link in chain.links if len(link.operands) > 1)
+        return flops, built  # between equals, the one that stores less
+
+    orders = dict.fromkeys(_orders(group, term, regime))
+    return min((_chain(group, term, order, regime.tokens) for order in orders), key=cost)
+
+
+def _passes(term: Term, link: Link, regime: Regime) -> int:
+    """How often a link's work is done: forward, for the activation's gradient, and for the factors' own."""
+    if not regime.gradients:
+        return 1
+    return 2 + any(_trainable(term.operands[i]) for i in link.operands)
+
+
+def _trainable(operand: Operand) -> bool:
+    return operand.block is not None and operand.block.trainable
+
+
+def _orders(group: Group, term: Term, regime: Regime) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """Candidate chains: which operands form each link, in the order of the links."""
+    everything = tuple(range(len(term.operands)))
+    yield (everything,)
+    yield from _split_at_minimum_cut(group, term)
+    for tokens in dict.fromkeys((regime.tokens, 1, 1 << 30)):
+        yield _lineage(_path(_activation(group, term), group, term, tokens), len(everything))
+
+
+def _split_at_minimum_cut(group: Group, term: Term) -> Iterator[tuple[tuple[int, ...], ...]]:
+    """The pair (L, R) of the normal form: the factors on the input's side of the minimum cut, and the others."""
+    cut = {*minimum_cut(group, term), *SITE_MODES, "task"}
+    graph = nx.Graph()
+    graph.add_nodes_from(range(len(term.operands)))
+    for i, operand in enumerate(term.operands):
+        graph.add_edges_from((i, mode) for mode in operand.modes if mode not in cut)
+    graph.add_edges_from(("input", mode) for mode in group.d_in if mode not in cut)
+    graph.add_node("input")
+    reached = nx.node_connected_component(graph, "input")
+    left = tuple(i for i in range(len(term.operands)) if i in reached)
+    right = tuple(i for i in range(len(term.operands)) if i not in reached)
+    if left and right:
+        yield left, right
+
+
+def _activation(group: Group, term: Term) -> tuple[str, ...]:
+    tasks = ("task",) if any("task" in operand.modes for operand in term.operands) else ()
+    return (*tasks, TOKEN, *group.d_in)
+
+
+def _path(x: tuple[str, ...], group: Group, term: Term, tokens: int) -> list[tuple[int, ...]]:
+    """opt_einsum's path for the activation (operand 0) and the factors at one site."""
+    letters = _Letters()
+    output = (*(mode for mode in x if mode not in group.d_in), *group.d_out)
+    inputs = [x, *(operand.modes for operand in term.operands)]
+    equation = f"{','.join(map(letters, inputs))}->{letters(output)}"
+    sizes = {**group.sizes, TOKEN: tokens, "task": 1}
+    return _contract_path(equation, [tuple(sizes[mode] for mode in modes) for modes in inputs])
+
+
+def _contract_path(equation: str, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    optimizer = "optimal" if len(shapes) <= _EXACT else "auto-hq"
+    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimizer)
+    return [tuple(step) for step in path]
+
+
+def _lineage(path: list[tuple[int, ...]], n_factors: int) -> tuple[tuple[int, ...], ...]:
+    """The operands that the activation meets, in order, along a path whose operand 0 is the activation."""
+    live: list[tuple[int, ...]] = [(-1,), *((i,) for i in range(n_factors))]
+    met: list[tuple[int, ...]] = []
+    for step in path:
+        merged = [live[i] for i in step]
+        live = [operands for i, operands in enumerate(live) if i not in step]
+        if (-1,) in merged:
+            met += [operands for operands in merged if operands != (-1,)]
+            live.append((-1,))
+        else:
+            live.append(tuple(sorted(i for operands in merged for i in operands)))
+    return tuple(met)
+
+
+def _chain(group: Group, term: Term, order: tuple[tuple[int, ...], ...], tokens: int) -> Chain:
+    before = _activation(group, term)
+    links = []
+    for position, operands in enumerate(order):
+        later = {mode for rest in order[position + 1 :] for i in rest for mode in term.operands[i].modes}
+        links.append(_link(group, term, operands, before, later, last=position + 1 == len(order), tokens=tokens))
+        before = links[-1].after
+    return Chain(term.sign, tuple(links))
+
+
+def _link(
+    group: Group,
+    term: Term,
+    operands: tuple[int, ...],
+    before: tuple[str, ...],
+    later: set[str],
+    *,
+    last: bool,
+    tokens: int,
+) -> Link:
+    needed = later | {*group.d_out, *before[: before.index(TOKEN) + 1]}
+    own = dict.fromkeys(mode for i in operands for mode in term.operands[i].modes)
+    batch = tuple(mode for mode in before if mode in own and mode in needed)
+    contracted = tuple(mode for mode in before if mode in own and mode not in needed)
+    new = tuple(mode for mode in own if mode not in before and mode in needed)
+    after = (*(mode for mode in before if mode not in contracted), *new)
+    if last:
+        after = (*before[: before.index(TOKEN) + 1], *group.d_out)
+        new = tuple(mode for mode in group.d_out if mode in new)
+    carried = {mode for i in operands for mode in term.operands[i].site_modes}
+    site_modes = site_axes(group, carried)
+    path, prologue = _prologue(group, term, operands, (*site_modes, *batch, *contracted, *new))
+    sizes = {**group.sizes, TOKEN: tokens, "task": 1}
+    flops = prod(sizes[mode] for mode in {*before, *batch, *new}) * (2 if contracted else 1)
+    return Link(operands, path, batch, contracted, new, site_modes, before, after, flops, prologue)
+
+
+def site_axes(group: Group, carried: set[str]) -> tuple[str, ...]:
+    """The axes over which tensors of a group are stacked: its site modes, or ``site`` where its sites fill no grid."""
+    if not carried:
+        return ()
+    if prod(site_sizes(group)[mode] for mode in SITE_MODES) == len(group.sites):
+        return tuple(mode for mode in SITE_MODES if mode in carried)
+    return ("site",)
+
+
+def site_sizes(group: Group) -> dict[str, int]:
+    """How many values each site mode takes in a group."""
+    sizes = {mode: len({getattr(site, mode, None) for site in group.sites}) for mode in SITE_MODES}
+    return {**sizes, "site": len(group.sites)}
+
+
+def _prologue(
+    group: Group, term: Term, operands: tuple[int, ...], modes: tuple[str, ...]
+) -> tuple[tuple[tuple[int, ...], ...], int]:
+    """The path that builds a link's tensor for all sites at once, and its FLOPs."""
+    if len(operands) == 1:
+        return (), 0
+    letters, sizes = _Letters(), {**group.sizes, **site_sizes(group)}
+    inputs = [operand_modes(group, term.operands[i]) for i in operands]
+    equation = f"{','.join(map(letters, inputs))}->{letters(modes)}"
+    shapes = [tuple(sizes[mode] for mode in each) for each in inputs]
+    optimizer = "optimal" if len(shapes) <= _EXACT else "auto-hq"
+    path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimizer)
+    times = (
+        len(group.sites) if any(term.operands[i].factor == BASE_WEIGHT for i in operands) and "site" not in modes else 1
+    )
+    return tuple(tuple(step) for step in path), int(info.opt_cost) * (
+        times if not modes or modes[0] not in (*SITE_MODES, "site") else 1
+    )
+
+
+def operand_modes(group: Group, operand: Operand) -> tuple[str, ...]:
+    """The modes of an operand when its group's sites are stacked: site axes first."""
+    return (*site_axes(group, {*operand.site_modes}), *operand.modes)
+
+
+class _Letters:
+    """One character for each mode, as einsum wants them."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, str] = {}
+
+    def __call__(self, modes: tuple[str, ...]) -> str:
+        return "".join(self.known.setdefault(mode, opt_einsum.get_symbol(len(self.known))) for mode in modes)

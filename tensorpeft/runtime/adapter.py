@@ -1,0 +1,241 @@
+"""The adapter: the module that owns the factors and adds the update to its sites."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorpeft.language.errors import AdapterError
+from tensorpeft.language.spec import Spec
+from tensorpeft.network.network import Network
+from tensorpeft.network.shapes import Site
+from tensorpeft.planning.plan import Plan
+from tensorpeft.runtime import merging, prologue, saving
+from tensorpeft.runtime.emit import emit
+from tensorpeft.runtime.factors import Factors
+from tensorpeft.runtime.hooks import Attachment
+
+Stacks = tuple[tuple[Tensor, ...], ...]  # of each link of the plan: its tensor for every row
+
+
+class Adapter(nn.Module):
+    """The factors of a spec on a model, attached to the model's sites by forward hooks.
+
+    It is a submodule of the model, which keeps its class, its names and its parameters. ``factors`` holds one
+    parameter (or buffer, where frozen) per factor, or per size of a ragged one.
+    """
+
+    def __init__(self, plan: Plan, name: str, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.name = name
+        self.plan = plan
+        self.factors = Factors(plan.network, dtype, device)
+        self.attachment: Attachment | None = None
+        self._enabled = True
+        self._ids: Tensor | None = None
+        self._merged: merging.Merged | None = None
+        self._emit()
+        self.reset_parameters()
+
+    # What the adapter is
+
+    @property
+    def network(self) -> Network:
+        return self.plan.network
+
+    @property
+    def spec(self) -> Spec:
+        return self.plan.network.spec
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Where the update lands, in the order of the plan's groups."""
+        return self.plan.network.sites
+
+    def extra_repr(self) -> str:
+        trained = sum(parameter.numel() for parameter in self.parameters())
+        return f"{self.name}: {self.spec.update}, {len(self.sites)} sites, {trained:,} trained"
+
+    def delta(self, module: str, task: int | None = None) -> Tensor:  # shape: (d_out, d_in)
+        """DW of the module at a path, in the dtype of the factors; zero in the rows of a fused module that have no site.
+
+        Raises:
+            AdapterError: no site is there, or the spec has tasks and none is given.
+        """
+        return merging.delta(self, module, task)
+
+    # How it is used
+
+    @property
+    def enabled(self) -> bool:
+        """Whether the hooks add the update: not within ``disabled()``, and not while it is merged."""
+        return self._enabled and self._merged is None
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within this context the model is the base model, beside the other adapters that it may have."""
+        before, merged = self._enabled, self._merged
+        if merged is not None:
+            self.unmerge()
+        self._enabled = False
+        try:
+            yield
+        finally:
+            self._enabled = before
+            if merged is not None:
+                self.merge(merged.task)
+
+    @contextmanager
+    def tasks(self, ids: Tensor) -> Iterator[None]:  # shape: (batch,), integers
+        """Within this context row i of a batch belongs to task ``ids[i]``.
+
+        Under activation checkpointing the backward pass runs the forward again, so it belongs into the context too.
+
+        Raises:
+            AdapterError: the spec has no task mode, or the ids are not a vector of tasks that exist.
+        """
+        n_tasks = self.spec.tasks
+        if n_tasks is None:
+            raise AdapterError(f"adapter `{self.name}` has no task mode; tasks() is for specs with `tasks:`")
+        if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
+            raise AdapterError(
+                f"tasks() found ids of shape {tuple(ids.shape)} and {ids.dtype}, expected (batch,) integers"
+            )
+        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_tasks:
+            raise AdapterError(
+                f"tasks() found ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {n_tasks - 1}"
+            )
+        before, self._ids = self._ids, ids.long()
+        try:
+            yield
+        finally:
+            self._ids = before
+
+    def merge(self, task: int | None = None) -> None:
+        """Add dW to the base weights, so that a forward costs what the base's does. ``unmerge`` restores their bits.
+
+        Raises:
+            AdapterError: it is merged already, a weight is quantised, an update is not finite, or no task is given.
+        """
+        self._merged = merging.merge(self, task)
+
+    def unmerge(self) -> None:
+        """Give the base weights back the bits that they had before ``merge``.
+
+        Raises:
+            AdapterError: it is not merged, or another adapter was merged after it.
+        """
+        merging.unmerge(self)
+        self._merged = None
+
+    @property
+    def merged(self) -> merging.Merged | None:
+        """What ``merge`` replaced, while it is merged."""
+        return self._merged
+
+    def detach(self, *, keep_merged: bool = False) -> None:
+        """Take the adapter off the model, which is then bit for bit what it was before ``attach``.
+
+        With ``keep_merged`` the base weights keep a merged update.
+
+        Raises:
+            AdapterError: it is not attached, or ``keep_merged`` without a merge.
+        """
+        if self.attachment is None:
+            raise AdapterError(f"adapter `{self.name}` is not attached to a model")
+        if keep_merged and self._merged is None:
+            raise AdapterError(f"adapter `{self.name}` is not merged; call merge() before detach(keep_merged=True)")
+        if self._merged is not None and not keep_merged:
+            self.unmerge()
+        self._merged = None
+        self.attachment.remove()
+        self.attachment = None
+
+    def save(self, folder: str | PathLike[str]) -> Path:
+        """Write the factors, the spec and the base's shapes to ``adapter.safetensors`` in a folder; returns its path.
+
+        ``tensorpeft.load`` reads it. An older file there is replaced as a whole, or on an error left as it was.
+
+        Raises:
+            AdapterError: a factor has no values (on the meta device), or some that are not finite.
+            OSError: the folder or the file cannot be written.
+        """
+        return saving.save(self, folder)
+
+    def reset_parameters(self) -> None:
+        """Set every factor to its initial values, which the spec's seed determines."""
+        for block in self.network.blocks:
+            self.factors.fill(block, self.spec.seed)
+        self.forget()
+
+    # What the hooks call
+
+    def forget(self) -> None:
+        """Drop the prologue's results: the next site computes them from the factors as they then are."""
+        self._stacks: dict[tuple[Any, ...], Stacks] = {}
+
+    def update(self, number: int, x: Tensor, y: Tensor) -> Tensor:
+        """The output y (..., d_out) of a site's module for the input x (..., d_in), with the update added."""
+        call = self._code.calls[number]
+        if x.dtype != y.dtype:  # under autocast the base has cast its own copy
+            x = x.to(y.dtype)
+        stacks = self._current(y.dtype, y.device)
+        pieces = [stacks[piece.stack][piece.row] for piece in call.pieces]
+        indices = [index.to(y.device) for index in call.indices]
+        if not call.by_task:
+            return call.code(x, y, *indices, *pieces)
+        ids = self._checked_ids(x, call.site)
+        if x.dim() == 2:  # (batch, d_in): one token a row
+            return call.code(x.unsqueeze(1), y.unsqueeze(1), ids, *indices, *pieces).squeeze(1)
+        return call.code(x, y, ids, *indices, *pieces)
+
+    def _checked_ids(self, x: Tensor, site: Site) -> Tensor:
+        if self._ids is None:
+            raise AdapterError(
+                f"adapter `{self.name}` has a task mode: call the model within `adapter.tasks(ids)`, "
+                "and backward too where activations are checkpointed"
+            )
+        if self._ids.shape[0] != x.shape[0]:
+            raise AdapterError(
+                f"tasks() was given {self._ids.shape[0]} ids, but {site} has a batch of {x.shape[0]} rows"
+            )
+        return self._ids.to(x.device)
+
+    def _current(self, dtype: torch.dtype, device: torch.device) -> Stacks:
+        """The prologue's results for the factors as they are, computed at the first site that asks.
+
+        The model's forward starts by forgetting them. The versions of the factors guard the rest: a submodule called by itself,
+        and checkpointing, which runs parts of the forward again during the backward pass and must meet the same tensors.
+        """
+        factors = tuple(self.factors[name] for name in self._code.inputs)
+        mode = () if torch.compiler.is_compiling() else _mode(factors)
+        if (dtype, device, mode) not in self._stacks:
+            stacks = prologue.run(self._code.prologue, dtype, factors)
+            self._stacks = {state: kept for state, kept in self._stacks.items() if state[-1] == mode}
+            self._stacks[dtype, device, mode] = tuple(stack.to(device).unbind() for stack in stacks)
+        return self._stacks[dtype, device, mode]
+
+    # Copies: without emitted code and the prologue's results, which follow from the rest
+
+    def _emit(self) -> None:
+        self._code = emit(self.plan)
+        self.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_code", "_stacks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._emit()
+
+
+def _mode(factors: tuple[Tensor, ...]) -> tuple[bool | int, ...]:
+    """What the prologue's results depend on, beside their dtype and device: what is recorded, and the factors' versions."""
+    versions = (-1 if factor.is_inference() else factor._version for factor in factors)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *versions

@@ -1,0 +1,87 @@
+"""How an adapter holds on to a model: forward hooks, a submodule, and frozen parameters. All of it can be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+if TYPE_CHECKING:
+    from tensorpeft.runtime.adapter import Adapter
+
+PREFIX = "tensorpeft_"  # of the adapter's name among the model's submodules
+
+
+class SiteHook:
+    """Adds an adapter's update to the output of one module, for each site that lies in it."""
+
+    def __init__(self, adapter: Adapter, numbers: tuple[int, ...]) -> None:
+        self.adapter = adapter
+        self.numbers = numbers
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+        if self.adapter.enabled:
+            x = args[0] if args else next(iter(named.values()))
+            for number in self.numbers:
+                output = self.adapter.update(number, x, output)
+        return output
+
+
+class ForwardHook:
+    """Tells an adapter that a forward of its model begins."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        self.adapter.forget()
+
+
+class Attachment:
+    """What attaching changed in a model. The model is no submodule of its adapter: it is held here, out of nn.Module's sight."""
+
+    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
+        self.model = model
+        self.adapter = adapter
+        self.handles: list[RemovableHandle] = []
+        self.frozen: list[nn.Parameter] = []
+
+    def install(self) -> None:
+        """Hook every site, add the adapter as a submodule, freeze the base. An error on the way takes all of it back."""
+        try:
+            modules = dict(self.model.named_modules())
+            numbers: dict[str, list[int]] = {}
+            for number, site in enumerate(self.adapter.sites):
+                numbers.setdefault(site.module, []).append(number)
+            for path, mine in numbers.items():
+                hook = SiteHook(self.adapter, tuple(mine))
+                self.handles.append(modules[path].register_forward_hook(hook, with_kwargs=True))
+            self.handles.append(self.model.register_forward_pre_hook(ForwardHook(self.adapter)))
+            self.model.add_module(PREFIX + self.adapter.name, self.adapter)
+            own = {id(p) for adapter in adapters(self.model) for p in adapter.parameters()}
+            self.frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
+            for parameter in self.frozen:
+                parameter.requires_grad_(False)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> None:
+        """Take everything back. What was frozen thaws, unless another adapter is still attached, which then keeps it."""
+        for handle in self.handles:
+            handle.remove()
+        self.model._modules.pop(PREFIX + self.adapter.name, None)
+        others = [other.attachment for other in adapters(self.model) if other.attachment is not None]
+        if others:
+            others[0].frozen += self.frozen
+        else:
+            for parameter in self.frozen:
+                parameter.requires_grad_(True)
+
+
+def adapters(model: nn.Module) -> list[Adapter]:
+    """The adapters attached to a model, in the order in which they were attached."""
+    children: Iterator[Any] = model.children()
+    return [child for child in children if isinstance(getattr(child, "attachment", None), Attachment)]

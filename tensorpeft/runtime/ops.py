@@ -1,0 +1,61 @@
+"""The few operations that emitted code calls beside torch's own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def add_matmul(
+    y: Tensor,  # shape: (..., n)
+    h: Tensor,  # shape: (..., k)
+    right: Tensor,  # shape: (k, n)
+    alpha: float,
+) -> Tensor:  # shape: (..., n)
+    """``y + alpha * h @ right`` in one kernel, in y's own memory where autograd keeps no view of it."""
+    y2, h2 = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
+    if torch.compiler.is_compiling() or y._is_view() or y2.data_ptr() != y.data_ptr():
+        return torch.addmm(y2, h2, right, alpha=alpha).view(y.shape)
+    y2.addmm_(h2, right, alpha=alpha)
+    return y
+
+
+def add(y: Tensor, update: Tensor, alpha: float) -> Tensor:  # shapes: (..., n)
+    """``y + alpha * update``."""
+    return torch.add(y, update.reshape(y.shape), alpha=alpha)
+
+
+def add_rows(
+    y: Tensor,  # shape: (..., rows of the fused module)
+    update: Tensor,  # shape: (..., d_out)
+    offset: int,
+    count: int,
+    period: int,
+    alpha: float,
+) -> Tensor:  # shape: that of y
+    """Add an update to the outputs of a fused module that belong to one matrix (``network.shapes.Rows``)."""
+    blocks = y.unflatten(-1, (-1, period)).narrow(-1, offset, count)
+    blocks.add_(update.reshape(blocks.shape), alpha=alpha)
+    return y
+
+
+def add_at(y: Tensor, update: Tensor, index: Tensor, alpha: float) -> Tensor:
+    """Add an update of shape (..., kept) to the outputs ``index`` (kept,) of y (..., n)."""
+    return torch.index_add(y, -1, index, update.reshape(*y.shape[:-1], index.shape[0]), alpha=alpha)
+
+
+def split(h: Tensor, sizes: tuple[int, ...]) -> Tensor:
+    """(..., product of sizes) -> (..., *sizes)."""
+    return h.reshape(*h.shape[:-1], *sizes)
+
+
+def merge(h: Tensor, n_modes: int) -> Tensor:
+    """The last ``n_modes`` axes as one: (..., a, b) -> (..., a * b)."""
+    return h.flatten(-n_modes) if n_modes else h.unsqueeze(-1)
+
+
+def select(tensor: Tensor, axis: int, positions: tuple[int, ...]) -> Tensor:
+    """Some positions of an axis, as a view where they follow each other."""
+    if positions == tuple(range(positions[0], positions[0] + len(positions))):
+        return tensor.narrow(axis, positions[0], len(positions))
+    return tensor.index_select(axis, torch.tensor(positions, device=tensor.device))

@@ -1,0 +1,95 @@
+"""Small real architectures with random weights, and an input for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTModel,
+)
+
+
+def llama() -> nn.Module:
+    """Two layers, eight heads of which four carry keys and values."""
+    config = LlamaConfig(
+        hidden_size=64,
+        num_hidden_layers=2,
+        intermediate_size=96,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        vocab_size=50,
+    )
+    return LlamaForCausalLM(config)
+
+
+def bert() -> nn.Module:
+    config = BertConfig(hidden_size=48, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, vocab_size=50)
+    return BertModel(config, add_pooling_layer=False)
+
+
+def gpt2() -> nn.Module:
+    return GPT2Model(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=50, n_positions=32))
+
+
+def vit() -> nn.Module:
+    config = ViTConfig(
+        hidden_size=48, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    return ViTModel(config, add_pooling_layer=False)
+
+
+ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {"llama": llama, "bert": bert, "gpt2": gpt2, "vit": vit}
+
+
+def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A model in evaluation mode (no dropout), its weights the same at every call."""
+    torch.manual_seed(0)
+    return ARCHITECTURES[name]().to(dtype).eval()
+
+
+def widen_norms(model: nn.Module) -> nn.Module:
+    """Llama's own RMSNorm rounds to float32, in which a difference of 1e-16 can become one of 1e-8; torch's does not."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ == "LlamaRMSNorm":
+                norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, dtype=child.weight.dtype)
+                norm.load_state_dict(child.state_dict())
+                setattr(module, name, norm.requires_grad_(False))
+    return model
+
+
+def inputs(name: str, batch: int = 3, seed: int = 1) -> Tensor:
+    """Token ids (batch, 7), or images."""
+    generator = torch.Generator().manual_seed(seed)
+    if name == "vit":
+        return torch.randn(batch, 3, 16, 16, generator=generator)
+    return torch.randint(0, 50, (batch, 7), generator=generator)
+
+
+def embeddings(model: nn.Module) -> nn.Module:
+    """The module whose output the gradient of the input is taken at."""
+    return model.embeddings if isinstance(model, ViTModel) else model.get_input_embeddings()
+
+
+def run(model: nn.Module, x: Tensor) -> Tensor:
+    """The model's first output, (batch, tokens, features)."""
+    if x.is_floating_point():
+        return model(x.to(next(model.parameters()).dtype))[0]
+    return model(x, use_cache=False)[0] if not isinstance(model, BertModel) else model(x)[0]
+
+
+@torch.no_grad()
+def randomise(adapter: nn.Module, std: float = 0.3, seed: int = 2) -> None:
+    """An adapter at its zero start proves nothing: give every trained factor random numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in adapter.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)

@@ -1,0 +1,153 @@
+"""The compiled adapter against the plain formula: forward, the input's gradient, every factor's gradient."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+import tensorpeft as tp
+from tensorpeft.network.network import Block
+from tests.models import ARCHITECTURES, build, embeddings, inputs, randomise, run, widen_norms
+from tests.runtime.naive import FORMULAS, Place
+
+SPECS = {"lora": {}, "vera": {"rank": 16}, "shared_a": {"tasks": 3}, "partial_lora": {}, "lorta": {}}
+IDS = torch.tensor([2, 0, 1])
+
+
+def attached(architecture: str, spec: str, dtype: torch.dtype) -> tuple[nn.Module, tp.Adapter]:
+    model = widen_norms(build(architecture, dtype))
+    adapter = tp.attach(model, tp.load_spec(spec, **SPECS[spec]))
+    randomise(adapter)
+    return model, adapter
+
+
+def unpacked(block: Block, flat: Tensor) -> Tensor:
+    """A masked factor as a whole tensor, zero where nothing is stored."""
+    whole = flat.new_zeros(tuple(axis.size for axis in block.axes))
+    for key, values in zip(block.keys, flat.split(block.key_sizes), strict=True):
+        place = tuple(axis.labels.index(part) for axis, part in zip(block.axes, key, strict=False))
+        index = [
+            torch.arange(a.size) if k is None else torch.from_numpy(k)
+            for a, k in zip(block.free_axes, block.kept[key], strict=True)
+        ]
+        grid = torch.meshgrid(*index, indexing="ij")
+        whole = whole.index_put((*(torch.full_like(grid[0], p) for p in place), *grid), values.view(grid[0].shape))
+    return whole
+
+
+def naive_updates(adapter: tp.Adapter, factors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """dW (tasks?, d_out, d_in) of every module by the formula of the method, computed in ``dtype``."""
+    blocks = {block.name: block for block in adapter.network.blocks}
+    factors = {n: (f if blocks[n].kept is None else unpacked(blocks[n], f)).to(dtype) for n, f in factors.items()}
+    name = "lora" if adapter.spec.name == "partial_lora" else adapter.spec.name
+    d_out = {site.matrix: site.d_out for site in adapter.sites}
+    order = ("query", "key", "value", "out")
+    found: dict[str, Tensor] = {}
+    for site in adapter.sites:
+        matrices = tuple(m for m in order if m in d_out)
+        place = Place(site.matrix, site.layer, site.d_out, site.d_in, site.heads, matrices)
+        change = FORMULAS[name](factors, place, d_out)  # alpha / r = 8 / 8, and no scale elsewhere
+        if site.rows is not None:
+            whole = change.new_zeros(*change.shape[:-2], site.rows.period, site.d_in)
+            whole[..., site.rows.offset : site.rows.offset + site.rows.count, :] = change
+            change = whole + found.get(site.module, 0)
+        found[site.module] = change
+    return found
+
+
+@contextlib.contextmanager
+def by_formula(model: nn.Module, updates: dict[str, Tensor]):
+    """The model with every adapted module computing W x + dW x, one dense matrix a module."""
+    modules = dict(model.named_modules())
+    for path, change in updates.items():
+        modules[path].forward = dense_forward(type(modules[path]).forward.__get__(modules[path]), change)
+    try:
+        yield
+    finally:
+        for path in updates:
+            del modules[path].forward
+
+
+def dense_forward(base: Callable[[Tensor], Tensor], change: Tensor) -> Callable[[Tensor], Tensor]:
+    if change.dim() == 3:
+        return lambda x: base(x) + torch.einsum("b...i,boi->b...o", x, change[IDS])
+    return lambda x: base(x) + functional.linear(x, change)
+
+
+def measured(model: nn.Module, x: Tensor, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Output, gradient at the embeddings, gradient of every factor, for a fixed random loss."""
+    caught: list[Tensor] = []
+    handle = embeddings(model).register_forward_hook(lambda m, a, out: caught.append(out.requires_grad_()) or out)
+    try:
+        y = run(model, x)
+    finally:
+        handle.remove()
+    weights = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)
+    names = [name for name, factor in factors.items() if factor.requires_grad]
+    gradients = torch.autograd.grad((y * weights).sum(), [caught[0], *(factors[name] for name in names)])
+    return {"output": y.detach(), "input": gradients[0], **dict(zip(names, gradients[1:], strict=True))}
+
+
+def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
+    return {
+        name: ((found[name].double() - truth[name].double()).norm() / truth[name].double().norm()).item()
+        for name in truth
+    }
+
+
+def named_factors(adapter: tp.Adapter) -> dict[str, Tensor]:
+    return {block.name: adapter.factors[block.name] for block in adapter.network.blocks}
+
+
+def by_adapter(model: nn.Module, adapter: tp.Adapter, x: Tensor) -> dict[str, Tensor]:
+    with adapter.tasks(IDS) if adapter.spec.tasks else contextlib.nullcontext():
+        return measured(model, x, named_factors(adapter))
+
+
+def by_dense_matrices(model: nn.Module, adapter: tp.Adapter, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The formula in ``dtype``, on a model that has no adapter, or a disabled one."""
+    leaves = {n: f.detach().clone().requires_grad_(f.requires_grad) for n, f in named_factors(adapter).items()}
+    with adapter.disabled(), by_formula(model, naive_updates(adapter, leaves, dtype)):
+        return measured(model, x, leaves)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_equals_the_formula_in_float64(architecture: str, spec: str) -> None:
+    model, adapter = attached(architecture, spec, torch.float64)
+    x = inputs(architecture)
+    ours, truth = by_adapter(model, adapter, x), by_dense_matrices(model, adapter, x, torch.float64)
+    with adapter.disabled():
+        assert not torch.allclose(run(model, x), truth["output"], rtol=1e-3)
+    found = errors(ours, truth)
+    assert found.keys() == {"output", "input", *(b.name for b in adapter.network.blocks if b.trainable)}
+    assert max(found.values()) <= 1e-12, found
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("spec", SPECS)
+def test_in_bfloat16_no_worse_than_the_formula(architecture: str, spec: str) -> None:
+    """Errors against float64, root mean square over draws: one draw of a small gradient is noise."""
+    model, adapter = attached(architecture, spec, torch.bfloat16)
+    wide = widen_norms(build(architecture, torch.bfloat16)).double()  # the same weights, as bfloat16 rounded them
+    mine: dict[str, float] = defaultdict(float)
+    its: dict[str, float] = defaultdict(float)
+    for draw in range(8):
+        randomise(adapter, seed=draw)
+        x = inputs(architecture, seed=draw)
+        x = x.bfloat16() if x.is_floating_point() else x
+        truth = by_dense_matrices(wide, adapter, x, torch.float64)
+        for total, found in (
+            (mine, by_adapter(model, adapter, x)),
+            (its, by_dense_matrices(model, adapter, x, torch.bfloat16)),
+        ):
+            for name, error in errors(found, truth).items():
+                total[name] += error**2
+    worse = {name: (mine[name] / its[name]) ** 0.5 for name in mine if mine[name] > 1.5**2 * its[name]}
+    assert not worse, worse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Set
 from dataclasses import dataclass
 
@@ -94,9 +95,10 @@ def contracted_bonds(spec: Spec, table: Table) -> Iterator[Problem]:
     """A bond stands in at least two factors of a product."""
     bonds = dict(spec.ranks)
     for product in spec.update.products:
+        carried = Counter(atom for reference in product.factors for atom in _atoms(spec, reference))
         for reference in product.factors:
             for mode in sorted(_atoms(spec, reference) & bonds.keys()):
-                if sum(mode in _atoms(spec, other) for other in product.factors) == 1:
+                if carried[mode] == 1:
                     message = f"bond `{mode}` is in `{reference.factor}` alone, so there is nothing to contract it with"
                     yield Problem(f"{message}; expected it in a second factor of the product", reference.span)
 

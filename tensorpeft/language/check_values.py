@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sized
 
 from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
 from tensorpeft.language.nodes import Table
@@ -196,8 +196,13 @@ def start(spec: Spec, table: Table) -> Iterator[Problem]:
 
 def _not_zero(product: Product) -> str:
     names = dict.fromkeys(reference.factor for reference in product.factors)
-    factors = listing(name for name in names if name != BASE_WEIGHT)
-    return f"this product does not start at zero; expected `init: zeros` for one of {factors}, or `start: nonzero`"
+    own = [name for name in names if name != BASE_WEIGHT]
+    candidates = f"one of {listing(own)}" if len(own) > 1 else listing(own) or "a factor of its own"
+    return f"this product does not start at zero; expected `init: zeros` for {candidates}, or `start: nonzero`"
+
+
+def _count(values: Sized) -> str:
+    return f"{len(values) or 'no'} value{'' if len(values) == 1 else 's'}"
 
 
 def _unknown(noun: str, call: Call, known: Iterable[str]) -> Problem:
@@ -209,7 +214,7 @@ def _signature(call: Call, signature: Signature) -> Iterator[Problem]:
     """The values and options that a call is given are those it takes."""
     if len(call.args) != len(signature.values):
         takes = f"one, the {signature.values[0]}" if signature.values else "none without a name"
-        yield Problem(f"`{call}` is given {len(call.args) or 'no'} values; expected {takes}", call.span)
+        yield Problem(f"`{call}` is given {_count(call.args)}; expected {takes}", call.span)
     for key, value in call.options:
         if key not in signature.options:
             hint = did_you_mean(key, signature.options)
@@ -234,7 +239,7 @@ def _arithmetic(expression: Expression, names: Iterable[str]) -> Iterator[Proble
             fewest, most = ARITY[name]
             if not fewest <= len(args) <= most:
                 expected = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-                yield Problem(f"`{name}` is given {len(args)} values; expected {expected}", span)
+                yield Problem(f"`{name}` is given {_count(args)}; expected {expected}", span)
             for arg in args:
                 yield from _arithmetic(arg, names)
 

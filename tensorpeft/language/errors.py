@@ -17,7 +17,6 @@ from difflib import get_close_matches
 
 from tensorpeft.language.source import Span
 
-
 MAX_SHOWN = 40  # problems that the text of an error spells out
 
 
@@ -48,11 +47,16 @@ class Problem:
         if self.span is None:
             return self.message
         line, column = self.span.position
-        text = self.span.source.line(line).replace("\t", " ")
+        text = "".join(map(_shown, self.span.source.line(line)))
         width = max(1, min(self.span.end - self.span.start, len(text) - column + 1))
         start = max(0, min(column - 40, len(text) - 100))  # a window on very long lines
         shown, caret = text[start : start + 100], column - 1 - start
         return f"{self.span}: {self.message}\n    {shown}\n    {' ' * caret}{'^' * min(width, 100 - caret)}"
+
+
+def _shown(character: str) -> str:
+    """A character that takes one column and cannot steer a terminal."""
+    return character if character.isprintable() else " " if character == "\t" else "\N{REPLACEMENT CHARACTER}"
 
 
 class SpecError(TensorpeftError):
@@ -85,7 +89,7 @@ def nearest(found: str, known: Iterable[str]) -> str | None:
 
 def clip(text: str, limit: int = 60) -> str:
     """A text on one line, the end of a long one left out."""
-    text = " ".join(text.split())
+    text = "".join(map(_shown, " ".join(text.split())))
     return text if len(text) <= limit else f"{text[:limit]}..."
 
 

@@ -109,21 +109,21 @@ def _parse(language: _Language, text: Scalar) -> _Tree:
     try:
         return parser.parse(text.text, start=language.start)
     except lark.UnexpectedInput as error:
-        token = getattr(error, "token", None)
-        if token is not None and token.type == "$END":
-            start = end = len(text.text.rstrip())
-        else:
-            start = int(error.pos_in_stream or 0)
-            end = start + (len(token) if token is not None else 1)
+        token = getattr(error, "token", None)  # none where a character begins no word at all
+        at_end = token is not None and token.type == "$END"
+        start = len(text.text.rstrip()) if at_end else int(error.pos_in_stream or 0)
+        end = start + (0 if at_end else 1 if token is None else len(token))
     found = f"`{clip(text.text[start:end], 24)}`" if end > start else "the end"
-    raise fail(f"found {found}, expected {_expected(parser, language, text)}", text.part(start, end))
+    raise fail(f"found {found}, expected {_expected(parser, language, text.text, start)}", text.part(start, end))
 
 
-def _expected(parser: lark.Lark, language: _Language, text: Scalar) -> str:
-    """What could stand where the text stops making sense, in words."""
-    steps = parser.parse_interactive(text.text, start=language.start)
+def _expected(parser: lark.Lark, language: _Language, text: str, end: int) -> str:
+    """What could stand at ``end``, where the text stops making sense, in words."""
+    steps = parser.parse_interactive(text, start=language.start)
     with suppress(lark.UnexpectedInput):
-        steps.exhaust_lexer()
+        for token in steps.iter_parse():
+            if (token.start_pos or 0) >= end:
+                break
     patterns = {terminal.name: terminal.pattern.value for terminal in parser.terminals}
     words: set[str] = set()
     for name in steps.accepts():

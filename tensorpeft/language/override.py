@@ -5,6 +5,7 @@ An override is a node like any other, with a source of its own, so that an error
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -115,6 +116,8 @@ def _node(value: object, span: Span, depth: int) -> Node:
     """A Python value as a node; all of it stands at the override's value."""
     if depth > MAX_DEPTH:
         raise fail(f"nested more than {MAX_DEPTH} levels deep; a spec needs four", span)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise fail(f"`{value}` is not a finite number", span)
     if value is None or isinstance(value, str | bool | int | float):
         body = Span(span.source, span.start + 1, span.end - 1) if isinstance(value, str) else span
         return Scalar(value, str(value), span, body)

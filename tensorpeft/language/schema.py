@@ -94,5 +94,5 @@ def _found(node: Node) -> str:
             return f"the text `{clip(node.value)}`" if node.value else "an empty text"
         return f"`{clip(node.text)}`"
     if isinstance(node, List):
-        return f"a list of length {len(node.items)}"
+        return f"a list of length {len(node.items)}" if node.items else "an empty list"
     return "a mapping" if node.items else "an empty mapping"

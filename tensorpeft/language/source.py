@@ -14,7 +14,7 @@ class Source:
 
     def line(self, number: int) -> str:
         """The text of a line, counted from 1."""
-        lines = self.text.splitlines()
+        lines = self.text.split("\n")  # as positions count them: splitlines() knows more line breaks
         return lines[number - 1] if 0 < number <= len(lines) else ""
 
 

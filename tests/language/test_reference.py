@@ -1,0 +1,25 @@
+"""The language reference beside the grammars speaks of everything there is."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from tensorpeft.language.catalogue import grammar_path
+from tensorpeft.language.load import load_spec
+from tensorpeft.language.words import ARITY, BUILT_IN_MODES, INITIALISERS, MASK_RULES, MODEL_SIZES
+
+REFERENCE = grammar_path("README.md").read_text(encoding="utf-8")
+
+
+def test_every_word_is_explained() -> None:
+    schema = json.loads(grammar_path("spec.schema.json").read_text(encoding="utf-8"))
+    code = " ".join(re.findall(r"`([^`]+)`", REFERENCE.replace("```", "")))
+    words = set(re.findall(r"\w+", code))
+    expected = {*schema["properties"], *INITIALISERS, *MASK_RULES, *ARITY, *MODEL_SIZES, *BUILT_IN_MODES}
+    assert expected - words == set()
+
+
+def test_its_example_is_lora() -> None:
+    (example,) = re.findall(r"```yaml\n(.*?)```", REFERENCE, re.DOTALL)
+    assert load_spec(example) == load_spec("lora")

@@ -1,0 +1,5 @@
+"""``python -m tensorpeft``."""
+
+from tensorpeft.cli import main
+
+main()

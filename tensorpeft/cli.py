@@ -1,0 +1,287 @@
+"""The command line: one function per command.
+
+Exit codes: 0 done, 2 the user's input is wrong, 1 anything else.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tensorpeft import __version__
+from tensorpeft.compile import front, shape_of
+from tensorpeft.language.catalogue import method_paths
+from tensorpeft.language.check_values import MAX_RANK
+from tensorpeft.language.errors import TensorpeftError, fail
+from tensorpeft.language.load import load_spec
+from tensorpeft.language.override import parse_override
+from tensorpeft.language.text import spec_text
+from tensorpeft.network.families import cards
+from tensorpeft.network.lower import lower
+from tensorpeft.network.shapes import ModelShape
+from tensorpeft.reporting.comparison import Comparison, Row
+from tensorpeft.reporting.counting import report_of, trained
+from tensorpeft.reporting.report import Report
+from tensorpeft.reporting.table import Cell, Table, text
+
+if TYPE_CHECKING:
+    from tensorpeft.planning.plan import Plan
+
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
+_LARGEST_BUDGET = 10**12
+
+Command = Callable[..., None]
+
+
+class _Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        """What this library refuses is the user's to mend: told without a traceback, exit code 2."""
+        try:
+            return super().invoke(ctx)
+        except TensorpeftError as refusal:
+            click.echo(refusal, err=True)
+            ctx.exit(2)
+
+
+def _budgets(ctx: click.Context, param: click.Parameter, given: str | None) -> tuple[int, ...]:
+    """``20k,2.5M`` -> (20000, 2500000)."""
+    return tuple(_budget(one.strip()) for one in given.split(",")) if given is not None else ()
+
+
+def _budget(given: str) -> int:
+    digits, unit = (given[:-1], _UNITS[given[-1].lower()]) if given[-1:].lower() in _UNITS else (given, 1)
+    try:
+        number = round(float(digits) * unit)
+    except (ValueError, OverflowError):
+        number = 0
+    if not 1 <= number <= _LARGEST_BUDGET:
+        raise click.BadParameter(f"{given!r} is not a number of parameters, such as 20000, 20k or 2.5M.")
+    return number
+
+
+_specs = click.argument("specs", metavar="SPEC...", nargs=-1, required=True)
+_spec = click.argument("spec", metavar="SPEC")
+_model = click.option("--model", metavar="M", required=True, help="A model card's name, or a config.json.")
+_set = click.option(
+    "--set",
+    "settings",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Set a key of the spec over its text: rank=4, matrices=[query, key]. Values with commas between them give a row each.",
+)
+
+
+def _with_output(command: Command) -> Command:
+    to_file = click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file.")
+    formats = click.Choice(["text", "json", "md", "html"])
+    return click.option("--format", "form", type=formats, default="text", show_default=True)(to_file(command))
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="tensorpeft")
+def main() -> None:
+    """Adapters as tensor networks: check, expand and cost a spec. A SPEC is a name of the catalogue or a YAML file."""
+
+
+@main.command()
+@_specs
+def check(specs: Sequence[str]) -> None:
+    """Tell everything that is wrong with the specs."""
+    refused = [spec for spec in specs if not _is_right(spec)]
+    sys.exit(2 if refused else 0)
+
+
+def _is_right(spec: str) -> bool:
+    try:
+        load_spec(spec)
+    except TensorpeftError as refusal:
+        click.echo(refusal, err=True)
+        return False
+    click.echo(f"{spec}: ok")
+    return True
+
+
+@main.command()
+@_spec
+def expand(spec: str) -> None:
+    """Print a spec written out.
+
+    A shorthand becomes the update that it stands for; every default is told.
+    """
+    click.echo(spec_text(load_spec(spec)), nl=False)
+
+
+@main.command()
+@_specs
+@_model
+@_set
+@_with_output
+def report(specs: Sequence[str], model: str, settings: Sequence[str], form: str, output: Path | None) -> None:
+    """Count what specs cost on a model.
+
+    One spec gives its whole report; several specs, or several values, a table with a row each.
+    """
+    shape = shape_of(model)
+    rows = tuple(_row(spec, chosen, shape) for spec, chosen in product(specs, _choices(settings)))
+    _deliver(rows[0].report if len(rows) == 1 else Comparison(rows), form, output)
+
+
+@main.command()
+@_specs
+@_model
+@_set
+@click.option(
+    "--budget",
+    "budgets",
+    metavar="N,...",
+    callback=_budgets,
+    help="How many trained numbers to allow: 20000, 20k, 2.5M.",
+)
+@_with_output
+def sweep(
+    specs: Sequence[str], model: str, settings: Sequence[str], budgets: Sequence[int], form: str, output: Path | None
+) -> None:
+    """Compare specs over settings or budgets.
+
+    A budget stands for the largest rank that trains at most so many numbers.
+    """
+    if not settings and not budgets:
+        raise click.UsageError("Give --set or --budget.")
+    if budgets and any(setting.partition("=")[0].partition(".")[0] == "rank" for setting in settings):
+        raise click.UsageError("--budget finds the rank; leave it out of --set.")
+    from tqdm import tqdm
+
+    shape = shape_of(model)
+    within: Sequence[int | None] = budgets or [None]
+    cases = tqdm(list(product(specs, _choices(settings), within)), disable=None, leave=False, unit="row")
+    rows = [_fitting_row(spec, chosen, budget, shape) for spec, chosen, budget in cases]
+    found = tuple(row for row in rows if row is not None)
+    if not found:
+        sys.exit(2)
+    _deliver(Comparison(found), form, output)
+
+
+@main.command()
+def catalogue() -> None:
+    """List the methods and the model cards that ship."""
+    methods = Table(("method", "what it is"), tuple((name, _headline(path)) for name, path in method_paths().items()))
+    headers = ("model", "family", "layers", "width", "heads", "parameters")
+    models = Table(headers, tuple(map(_card, cards())))
+    click.echo(text("Methods (SPEC) and model cards (--model)", (methods, models)), nl=False)
+
+
+def _headline(path: Path) -> str:
+    """The comment that a shipped spec begins with."""
+    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
+
+
+def _card(name: str) -> tuple[Cell, ...]:
+    shape = shape_of(name)
+    sizes = dict(shape.sizes)
+    return (name, shape.family or "", sizes["layers"], sizes["width"], sizes["heads"], shape.n_parameters)
+
+
+@main.command()
+@_spec
+@_model
+@_set
+def explain(spec: str, model: str, settings: Sequence[str]) -> None:
+    """Print a spec's network, plan and code.
+
+    The network says what is stored, the plan in which order it is contracted, the code what runs.
+    """
+    plan = front(load_spec(spec, *map(parse_override, settings)), shape_of(model))
+    click.echo(f"{plan.network}\n\n{plan}")
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        click.echo("torch is not installed, so there is no code to show", err=True)
+    else:
+        click.echo(f"\n{_code(plan)}")
+
+
+def _code(plan: Plan) -> str:
+    """The emitted functions: the prologue, and every distinct site program with the number of its sites."""
+    from tensorpeft.runtime.emit import emit
+
+    emitted = emit(plan)
+    sites: dict[str, int] = {}
+    for call in emitted.calls:
+        sites[call.code.code] = sites.get(call.code.code, 0) + 1
+    programs = [f"# at {n} sites\n{code.strip()}" for code, n in sites.items()]
+    return "\n\n".join([f"# once per forward pass\n{emitted.prologue.code.strip()}", *programs])
+
+
+def _row(spec: str, chosen: Sequence[str], shape: ModelShape) -> Row:
+    read = load_spec(spec, *map(parse_override, chosen))
+    settings = tuple((key, value) for key, _, value in (setting.partition("=") for setting in chosen))
+    return Row(settings, report_of(front(read, shape)))
+
+
+def _fitting_row(spec: str, chosen: Sequence[str], budget: int | None, shape: ModelShape) -> Row | None:
+    """The row of the largest rank within a budget; None, and a note, where not even rank 1 fits."""
+    if budget is None:
+        return _row(spec, chosen, shape)
+
+    def count(rank: int) -> int:
+        return trained(lower(load_spec(spec, *map(parse_override, (*chosen, f"rank={rank}"))), shape))
+
+    least = count(1)
+    if least == count(2):
+        raise fail(f"`{spec}` trains {least:,} numbers at every rank, so a budget does not determine it")
+    if least > budget:
+        click.echo(f"`{spec}` trains {least:,} numbers at rank 1, which is over the budget of {budget:,}", err=True)
+        return None
+    ranks = range(1, min(budget, MAX_RANK) + 1)  # each step of the rank adds at least one number
+    rank = bisect_right(ranks, budget, key=count)
+    row = _row(spec, (*chosen, f"rank={rank}"), shape)
+    return Row((("budget", str(budget)), *row.settings), row.report)
+
+
+def _choices(settings: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """``rank=1,4`` and ``alpha=8`` -> (``rank=1``, ``alpha=8``), (``rank=4``, ``alpha=8``)."""
+    return product(*map(_alternatives, settings))
+
+
+def _alternatives(setting: str) -> list[str]:
+    """A setting for each of its values; commas inside brackets part nothing."""
+    key, equals, values = setting.partition("=")
+    depth, found = 0, [""]
+    for character in values:
+        depth += (character in "([{") - (character in ")]}")
+        if character == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += character
+    return [f"{key}{equals}{value}" for value in found]
+
+
+def _deliver(result: Report | Comparison, form: str, output: Path | None) -> None:
+    shown = {"text": result.to_text, "json": result.to_json, "md": result.to_markdown, "html": result.to_html}[form]()
+    if output is None or str(output) == "-":
+        click.echo(shown, nl=False)
+        return
+    try:
+        _write(output.resolve(), shown)
+    except OSError as reason:
+        raise click.FileError(str(output), reason.strerror) from None
+
+
+def _write(path: Path, content: str) -> None:
+    """All of a file or nothing of it; what is no regular file (a pipe, a terminal) is written to as it is."""
+    if path.exists() and not path.is_file():
+        path.write_text(content, encoding="utf-8")
+        return
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(content, encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

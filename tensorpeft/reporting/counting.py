@@ -1,0 +1,154 @@
+"""Plan -> Report: everything is counted from the stored blocks and from who uses which key of them."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from math import prod
+
+from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
+from tensorpeft.language.words import TASK_MODE
+from tensorpeft.network.network import Block, Key, Network
+from tensorpeft.network.rank import rank_bound
+from tensorpeft.network.shapes import Site
+from tensorpeft.network.sites import in_order
+from tensorpeft.planning.plan import Plan
+from tensorpeft.reporting.report import FactorEntry, MatrixEntry, ModeEntry, Report
+
+Shape = tuple[str, int, int]  # matrix, d_out, d_in: what an entry of `matrices` stands for
+_BINDINGS = ("attach", "row", "data", "sum")
+
+
+def report_of(plan: Plan) -> Report:
+    """What the adapter of a plan costs."""
+    network, spec, model = plan.network, plan.network.spec, plan.network.model
+    owned = _owned(network)
+    matrices = _matrices(network, owned)
+    return Report(
+        name=spec.name,
+        model=model.name,
+        model_class=model.model_class,
+        update=str(spec.update),
+        scale=str(spec.scale),
+        alpha=spec.alpha,
+        seed=spec.seed,
+        tokens=plan.regime.tokens,
+        trainable=trained(network),
+        frozen_stored=_count(block for block in network.blocks if not block.trainable and not block.seeded),
+        frozen_seeded=_count(block for block in network.blocks if block.seeded),
+        shared=owned[None],
+        base=model.n_parameters,
+        flops_per_token=plan.flops_per_token,
+        flops_per_forward=sum(group.prologue_flops for group in plan.groups),
+        lora_rank=max(entry.lora_rank for entry in matrices),
+        factors=tuple(map(_factor, network.blocks)),
+        modes=_modes(network),
+        matrices=matrices,
+    )
+
+
+def trained(network: Network) -> int:
+    """How many numbers an optimizer sees."""
+    return _count(block for block in network.blocks if block.trainable)
+
+
+def _count(blocks: Iterable[Block]) -> int:
+    return sum(block.count for block in blocks)
+
+
+def _factor(block: Block) -> FactorEntry:
+    shape = tuple(axis.size for axis in block.axes)
+    return FactorEntry(
+        name=block.name,
+        factor=block.factor,
+        modes=tuple(axis.mode for axis in block.axes),
+        shape=shape,
+        count=block.count,
+        trainable=block.trainable,
+        stored=not block.seeded,
+        masked=block.count != prod(shape),
+        init=str(block.rule.init),
+    )
+
+
+def _uses(network: Network) -> Iterator[tuple[Block, Key, Site]]:
+    """Which site uses which key of which block."""
+    for group in network.groups:
+        for term in group.terms:
+            for operand in term.operands:
+                yield from ((operand.block, key, site) for key, site in zip(operand.keys, group.sites, strict=True))
+
+
+def _owned(network: Network) -> Counter[Shape | None]:
+    """How many trained numbers each shape alone uses, and, under None, how many several use."""
+    users: dict[tuple[str, Key], set[Shape]] = defaultdict(set)
+    for block, key, site in _uses(network):
+        users[block.name, key].add(_shape(site))
+    owned: Counter[Shape | None] = Counter()
+    for block in network.blocks:
+        for key, size in zip(block.keys, block.key_sizes, strict=True):
+            shapes = users[block.name, key]
+            owned[next(iter(shapes)) if len(shapes) == 1 else None] += size * block.trainable
+    return owned
+
+
+def _shape(site: Site) -> Shape:
+    return site.matrix, site.d_out, site.d_in
+
+
+def _matrices(network: Network, owned: Counter[Shape | None]) -> tuple[MatrixEntry, ...]:
+    ranks: dict[Shape, int] = defaultdict(int)
+    for group in network.groups:
+        bound = rank_bound(group)
+        for shape in {_shape(site) for site in group.sites}:
+            ranks[shape] = max(ranks[shape], bound)
+    layers = Counter(map(_shape, in_order(network.sites, (site.matrix for site in network.model.sites))))
+    return tuple(MatrixEntry(shape[0], n, *shape[1:], owned[shape], ranks[shape]) for shape, n in layers.items())
+
+
+def _modes(network: Network) -> tuple[ModeEntry, ...]:
+    """The written modes of all factors: first those bound to sites, then tasks, sides, bonds."""
+    terms = (term for group in network.groups for term in group.terms)
+    site_modes = {operand.factor: operand.site_modes for term in terms for operand in term.operands}
+    carriers: dict[str, list[Block]] = defaultdict(list)
+    for block in network.blocks:
+        for mode in (*site_modes[block.factor], *(axis.mode for axis in block.free_axes)):
+            carriers[mode].append(block)
+    opened = _opened(network)
+    entries = [
+        ModeEntry(
+            name=mode,
+            sizes=_sizes(network, mode, blocks),
+            bound=_binding(mode, opened),
+            trainable=_count(block for block in blocks if block.trainable),
+            frozen=_count(block for block in blocks if not block.trainable),
+        )
+        for mode, blocks in carriers.items()
+    ]
+    return tuple(sorted(entries, key=lambda entry: _BINDINGS.index(entry.bound)))
+
+
+def _sizes(network: Network, mode: str, blocks: list[Block]) -> tuple[int, ...]:
+    if mode in SITE_MODES:
+        return (len({getattr(site, mode) for site in network.sites}),)
+    return tuple(sorted({axis.size for block in blocks for axis in block.free_axes if axis.mode == mode}))
+
+
+def _binding(mode: str, opened: set[str]) -> str:
+    if mode in SITE_MODES:
+        return "attach"
+    return "row" if mode == TASK_MODE else "data" if mode in opened else "sum"
+
+
+def _opened(network: Network) -> set[str]:
+    """The modes in which the input or the output of a site is indexed: sides, their atoms, and what is between."""
+    opened = {*SIDES, *(atom for group in network.groups for term in group.terms for atom in (*term.d_out, *term.d_in))}
+    return opened | {
+        definition.name for definition in network.spec.modes if _parts(network.spec, definition.name) & opened
+    }
+
+
+def _parts(spec: Spec, mode: str) -> set[str]:
+    """Everything that a mode comes down to, step by step."""
+    parts = {part.name for definition in spec.modes if definition.name == mode for part in definition.parts}
+    return parts.union(*(_parts(spec, part) for part in parts))

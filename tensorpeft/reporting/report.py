@@ -1,0 +1,198 @@
+"""What an adapter costs: a value first, then its text, JSON, Markdown and HTML.
+
+    Report
+    ├── factors     every stored tensor: its modes, its shape, how many numbers it has
+    ├── modes       every index: its sizes, what binds it, how many numbers carry it
+    └── matrices    every adapted matrix: how often it occurs, how many trained numbers are its own
+
+All counts are exact integers. A matrix that is named in several layers is one entry; so is a mode with several sizes.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+
+from tensorpeft.reporting.table import Cell, Table, html, markdown, significant, text
+
+FLOAT_BYTES = 4  # factors are kept in float32, also where the base has fewer bits
+ADAMW_STATES = 2  # numbers that AdamW keeps for each trained one: the two moments
+
+
+@dataclass(frozen=True)
+class FactorEntry:
+    """One stored tensor. ``shape`` is over ``modes``; under a mask ``count`` is less than their product."""
+
+    name: str
+    factor: str
+    modes: tuple[str, ...]
+    shape: tuple[int, ...]
+    count: int
+    trainable: bool
+    stored: bool  # a checkpoint holds it; what it does not hold is drawn again from the seed
+    masked: bool
+    init: str
+
+    @property
+    def kind(self) -> str:
+        return "trained" if self.trainable else "frozen, stored" if self.stored else "frozen, seeded"
+
+
+@dataclass(frozen=True)
+class ModeEntry:
+    """One mode. ``trainable`` and ``frozen`` count the numbers of all factors that carry it."""
+
+    name: str
+    sizes: tuple[int, ...]  # several where the mode is ragged
+    bound: str  # by what: "attach" | "row" | "data"; or "sum", for a bond
+    trainable: int
+    frozen: int
+
+
+@dataclass(frozen=True)
+class MatrixEntry:
+    """The sites of one matrix and shape. ``trainable`` counts the trained numbers that no other entry uses."""
+
+    matrix: str
+    layers: int
+    d_out: int
+    d_in: int
+    trainable: int
+    lora_rank: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """The costs of a spec on a model."""
+
+    name: str
+    model: str
+    model_class: str | None  # what `base` counts
+    update: str
+    scale: str
+    alpha: float | None
+    seed: int
+    tokens: int  # per forward pass, which the order of contraction is planned for
+    trainable: int
+    frozen_stored: int
+    frozen_seeded: int
+    shared: int  # trained numbers that several matrices use
+    base: int
+    flops_per_token: int  # forward, of the activation's steps at all sites
+    flops_per_forward: int  # of the work on factors alone, once for all tokens
+    lora_rank: int  # the rank at which LoRA holds every update of this adapter
+    factors: tuple[FactorEntry, ...]
+    modes: tuple[ModeEntry, ...]
+    matrices: tuple[MatrixEntry, ...]
+
+    @property
+    def stored(self) -> int:
+        """Numbers in a checkpoint."""
+        return self.trainable + self.frozen_stored
+
+    @property
+    def percent(self) -> float:
+        """Trained numbers per hundred parameters of the base."""
+        return 100 * self.trainable / self.base
+
+    @property
+    def bytes(self) -> dict[str, int]:
+        """Bytes in float32: of a checkpoint's tensors, of all factors in memory, of their gradients, of AdamW's two states."""
+        return {
+            "checkpoint": FLOAT_BYTES * self.stored,
+            "factors": FLOAT_BYTES * (self.stored + self.frozen_seeded),
+            "gradients": FLOAT_BYTES * self.trainable,
+            "optimizer": FLOAT_BYTES * ADAMW_STATES * self.trainable,
+        }
+
+    @property
+    def title(self) -> str:
+        counted = f" ({self.model_class})" if self.model_class else ""
+        update = self.update if self.scale == "1" else f"{self.scale} * ({self.update})"
+        alpha = "" if self.alpha is None else f", alpha = {self.alpha:g}"
+        return f"{self.name} on {self.model}{counted}\ndW = {update}{alpha}"
+
+    @property
+    def tables(self) -> tuple[Table, ...]:
+        """Totals, factors, modes, matrices."""
+        return self._totals(), self._factors(), self._modes(), self._matrices()
+
+    def to_dict(self) -> dict[str, object]:
+        """Fields and totals under their names, the tables last; integers exact."""
+        fields, totals = asdict(self), {"stored": self.stored, "percent": self.percent, "bytes": self.bytes}
+        tables = {key: fields.pop(key) for key in ("factors", "modes", "matrices")}
+        return {**fields, **totals, **tables}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def to_text(self) -> str:
+        return text(self.title, self.tables)
+
+    def to_markdown(self) -> str:
+        return markdown(self.title, self.tables)
+
+    def to_html(self) -> str:
+        return html(self.title, self.tables)
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def _totals(self) -> Table:
+        size = self.bytes
+        rows: list[tuple[Cell, ...]] = [
+            ("trained", self.trainable, f"{significant(self.percent)} % of the base's {self.base:,}"),
+            ("frozen, stored", self.frozen_stored, "in the checkpoint"),
+            ("frozen, seeded", self.frozen_seeded, f"not in the checkpoint: drawn again from seed {self.seed}"),
+            ("stored", self.stored, f"checkpoint of {binary(size['checkpoint'])} in float32"),
+            ("bytes in memory", size["factors"], f"{binary(size['factors'])}: all factors in float32"),
+            ("bytes of gradients", size["gradients"], f"{binary(size['gradients'])} in float32"),
+            ("bytes of AdamW states", size["optimizer"], f"{binary(size['optimizer'])}: two in float32"),
+            (
+                "FLOPs per token",
+                self.flops_per_token,
+                f"forward, a multiply-add as two; ordered for {self.tokens:,} tokens at a time",
+            ),
+            ("FLOPs per forward pass", self.flops_per_forward, "once for all tokens, on factors alone"),
+            ("LoRA-equivalent rank", self.lora_rank, "LoRA of this rank holds every update"),
+        ]
+        return Table(("total", "number", "remark"), tuple(rows))
+
+    def _factors(self) -> Table:
+        rows = tuple(
+            (
+                entry.name,
+                " x ".join(f"{mode} {size:,}" for mode, size in zip(entry.modes, entry.shape, strict=True)),
+                entry.count,
+                entry.kind + (", masked" if entry.masked else ""),
+                entry.init,
+            )
+            for entry in self.factors
+        )
+        return Table(("factor", "modes", "numbers", "kind", "init"), rows)
+
+    def _modes(self) -> Table:
+        how = {"attach": "when attached", "row": "per row of the batch", "data": "by the data", "sum": "summed over"}
+        rows = tuple(
+            (mode.name, ", ".join(f"{size:,}" for size in mode.sizes), how[mode.bound], mode.trainable, mode.frozen)
+            for mode in self.modes
+        )
+        return Table(("mode", "size", "bound", "trained numbers", "frozen numbers"), rows)
+
+    def _matrices(self) -> Table:
+        rows: list[tuple[Cell, ...]] = [
+            (m.matrix, m.layers, f"{m.d_out:,} x {m.d_in:,}", m.trainable, m.lora_rank) for m in self.matrices
+        ]
+        rows.append(("shared by several", "", "", self.shared, ""))
+        return Table(("matrix", "layers", "d_out x d_in", "trained, its own", "rank of LoRA"), tuple(rows))
+
+
+def binary(n_bytes: int) -> str:
+    """Bytes in the largest binary unit that leaves at least one of it.
+
+    >>> binary(512), binary(16_777_216)
+    ('512 B', '16.0 MiB')
+    """
+    units = ("KiB", "MiB", "GiB", "TiB")
+    power = min(max(0, n_bytes.bit_length() - 1) // 10, len(units))
+    return f"{n_bytes / 1024**power:,.1f} {units[power - 1]}" if power else f"{n_bytes} B"

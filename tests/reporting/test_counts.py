@@ -1,0 +1,180 @@
+"""Counts against what papers print, against formulas worked out by hand, and against each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tensorpeft.compile import front, report, shape_of
+from tensorpeft.language.load import load_spec
+from tensorpeft.network.rank import lora_rank
+from tensorpeft.reporting.counting import report_of
+from tensorpeft.reporting.report import Report
+
+PUBLISHED = yaml.safe_load((Path(__file__).parents[1] / "golden" / "param_counts.yaml").read_text())["counts"]
+METHODS = {"lora", "vera", "shared-a", "lorta"}
+ROWS = [row for row in PUBLISHED if row["method"] in METHODS]
+CLASSIFIER = {
+    "model_type": "roberta",
+    "architectures": ["RobertaForSequenceClassification"],
+    "vocab_size": 50265,
+    "hidden_size": 768,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "intermediate_size": 3072,
+    "max_position_embeddings": 514,
+    "type_vocab_size": 1,
+}
+
+
+def cost(method: str, model: object, **overrides: object) -> Report:
+    return report(load_spec(method, **overrides), model=model)
+
+
+def described(row: dict) -> str:
+    return "-".join(str(row[key]) for key in ("method", "model", "rank", "kind", "count"))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=described)
+def test_published_counts(row):
+    matrices = ["all-linear"] if row["matrices"] == "all linear" else row["matrices"]
+    overrides = {"rank": row["rank"], "matrices": matrices}
+    if "tasks" in row:
+        overrides["tasks"] = row["tasks"]
+        if row["method"] == "lora":  # an adapter of its own for each task
+            overrides["modes"] = ["task", "matrix", "layer", "d_out", "d_in"]
+    found = getattr(cost(row["method"], row["model"], **overrides), row["kind"])
+    if "plus" in row:
+        found += cost("lora", CLASSIFIER, rank=row["rank"], matrices=["classifier.dense"]).trainable
+    assert found == row["count"]
+
+
+def test_the_published_table_was_read():
+    assert {row["method"] for row in ROWS} == METHODS
+    assert sum("plus" in row for row in ROWS) == 2
+
+
+QUERY, KEY, OUT, MLP = (8192, 8192), (1024, 8192), (8192, 8192), (28672, 8192)  # Llama-3-70B: d_out, d_in
+ALL_SEVEN = (QUERY, KEY, KEY, OUT, MLP, MLP, (8192, 28672))
+
+
+def test_lora_on_grouped_queries():
+    found = cost("lora", "llama-3-70b", rank=16, matrices=["all-linear"])
+    assert found.trainable == 80 * 16 * sum(d_out + d_in for d_out, d_in in ALL_SEVEN)
+    assert [(m.matrix, m.layers, m.d_out, m.d_in, m.trainable) for m in found.matrices] == [
+        (role, 80, d_out, d_in, 80 * 16 * (d_out + d_in))
+        for role, (d_out, d_in) in zip(("query", "key", "value", "out", "gate", "up", "down"), ALL_SEVEN, strict=True)
+    ]
+    assert found.shared == 0
+    assert found.flops_per_token == 80 * 2 * 16 * sum(d_out + d_in for d_out, d_in in ALL_SEVEN)
+
+
+def test_lorta_on_grouped_queries():
+    """Eight rows for the key and value heads, 64 for those of query and out; everything else is shared by all."""
+    found = cost("lorta", "llama-3-70b", rank=8)
+    assert found.trainable == 8 * (4 + 80 + 64 + 8 + 128 + 8192)
+    assert [m.trainable for m in found.matrices] == [8, 8, 8, 8]  # a row of the matrix factor
+    assert found.shared == found.trainable - 4 * 8
+    assert {m.name: m.sizes for m in found.modes}["head"] == (8, 64)
+
+
+def test_vera_on_grouped_queries():
+    """One frozen pair of the largest size; b as long as each matrix's own output."""
+    found = cost("vera", "llama-3-70b", rank=256)
+    assert found.trainable == 80 * (8192 + 1024 + 2 * 256)
+    assert (found.frozen_seeded, found.frozen_stored) == (256 * (8192 + 8192), 0)
+    assert found.lora_rank == 256
+    assert {m.matrix: m.lora_rank for m in found.matrices} == {"query": 256, "value": 256}
+
+
+def test_rank_bound_is_cut_off_by_the_smaller_side():
+    found = cost("lora", "llama-3-70b", rank=2000, matrices=["query", "key"])
+    assert {m.matrix: m.lora_rank for m in found.matrices} == {"query": 2000, "key": 1024}
+    assert found.lora_rank == 2000
+
+
+def test_masked_numbers_do_not_exist():
+    found = cost("partial_lora", "roberta-base", mask={"B[d_out]": "keep(100)", "A[d_in]": "keep(0.25)"})
+    assert {f.name: f.count for f in found.factors} == {"B": 24 * 100 * 8, "A": 24 * 192 * 8}
+    assert all(f.masked for f in found.factors)
+    assert [m.trainable for m in found.matrices] == [12 * 8 * (100 + 192)] * 2
+    assert found.flops_per_token == 24 * 2 * 8 * (100 + 192)
+
+
+def test_tasks_are_bound_per_row():
+    found = cost("shared_a", "roberta-base")
+    task = next(mode for mode in found.modes if mode.name == "task")
+    assert (task.sizes, task.bound, task.trainable, task.frozen) == ((8,), "row", 1_179_648, 0)
+
+
+def test_sites_that_fill_no_grid_still_carry_their_modes():
+    """One matrix in every layer and another in one layer: a block has a single axis for its 33 sites."""
+    spec = load_spec("lora", matrices=["layers.{layer}.self_attn.q_proj", "layers.0.self_attn.o_proj"])
+    found = report(spec, model="llama-2-7b")
+    assert [m.layers for m in found.matrices] == [32, 1]
+    assert {f.modes[0] for f in found.factors} == {"site"}
+    assert [m.name for m in found.modes] == ["matrix", "layer", "d_out", "d_in", "r"]
+    assert found.modes[0].sizes == (2,)
+    assert found.modes[1].sizes == (32,)
+    assert found.modes[1].trainable == found.trainable == 33 * 8 * (4096 + 4096)
+
+
+def test_bytes_and_percent():
+    found = cost("shared_a", "roberta-base")
+    assert found.stored == 1_179_648 + 147_456
+    assert found.bytes == {
+        "checkpoint": 4 * 1_327_104,
+        "factors": 4 * 1_327_104,
+        "gradients": 4 * 1_179_648,
+        "optimizer": 2 * 4 * 1_179_648,
+    }
+    assert found.base == 124_645_632
+    assert found.percent == pytest.approx(100 * 1_179_648 / 124_645_632)
+
+
+@pytest.mark.parametrize("model", ["llama-3-8b", "gpt2", "vit-base", "deberta-v3-base"])
+@pytest.mark.parametrize("method", ["lora", "lorta", "vera", "partial_lora", "shared_a"])
+def test_parts_add_up_to_totals(method, model):
+    plan = front(load_spec(method, matrices=["query", "value", "out"]), shape_of(model))
+    found = report_of(plan)
+    kinds = {"trained": found.trainable, "frozen, stored": found.frozen_stored, "frozen, seeded": found.frozen_seeded}
+    for kind, total in kinds.items():
+        assert sum(f.count for f in found.factors if f.kind == kind) == total
+    assert sum(m.trainable for m in found.matrices) + found.shared == found.trainable
+    assert sum(m.layers for m in found.matrices) == len(plan.network.sites)
+    assert found.lora_rank == lora_rank(plan.network)
+    for mode in found.modes:
+        carriers = [f for f in found.factors if mode.name in f.modes]
+        assert sum(f.count for f in carriers if f.trainable) == mode.trainable
+        assert sum(f.count for f in carriers if not f.trainable) == mode.frozen
+
+
+def test_every_factor_of_a_cp_carries_one_mode():
+    found = cost("lorta", "llama-2-7b", rank=4)
+    per_mode = {mode.name: mode.trainable for mode in found.modes}
+    assert per_mode.pop("r") == found.trainable
+    assert per_mode == {"matrix": 4 * 4, "layer": 32 * 4, "head": 32 * 4, "head_dim": 128 * 4, "width": 4096 * 4}
+
+
+def test_parts_of_a_side_are_open_and_fused_sites_are_bound():
+    text = """\
+tensorpeft: 1
+name: split
+target: {matrices: [query, value]}
+modes: [d_in = i1 * i2, slot = layer * matrix]
+rank: {r: 4}
+update: B[slot, d_out, r] * P[i1, r] * Q[i2, r]
+factors: {B: {init: zeros}, P: {init: normal(0.1)}, Q: {init: normal(0.1)}}
+"""
+    found = report(text, model="vit-base")
+    assert {mode.name: mode.bound for mode in found.modes} == {
+        "layer": "attach",
+        "matrix": "attach",
+        "d_out": "data",
+        "i1": "data",
+        "i2": "data",
+        "r": "sum",
+    }
+    assert found.trainable == 24 * 768 * 4 + (24 + 32) * 4

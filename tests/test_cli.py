@@ -1,0 +1,279 @@
+"""The command line: what it prints, where, and with which exit code. The printed texts are files in ``golden/``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from tensorpeft.cli import main
+from tensorpeft.language.load import load_spec
+from tensorpeft.network.families import cards
+
+GOLDEN = Path(__file__).parent / "golden"
+SHIPPED = Path(__file__).resolve().parents[1] / "specs"
+WRONG = """\
+tensorpeft: 1
+name: wrong
+target: {matrices: [query]}
+structure: matrx
+rank: -1
+"""
+
+
+def call(*args: str) -> Result:
+    return CliRunner().invoke(main, args, prog_name="tensorpeft")
+
+
+def done(*args: str) -> str:
+    result = call(*args)
+    assert (result.exit_code, result.stderr) == (0, "")
+    return result.stdout
+
+
+TRANSCRIPTS = {
+    "report_lorta.txt": ["report", "lorta", "--model", "llama-3-70b"],
+    "report_lorta.md": ["report", "lorta", "--model", "llama-3-70b", "--format", "md"],
+    "report_lorta.json": ["report", "lorta", "--model", "llama-3-70b", "--format", "json"],
+    "report_vera.html": ["report", "vera", "--model", "vit-base", "--format", "html"],
+    "report_shared_a.txt": ["report", "shared_a", "--model", "roberta-base"],
+    "report_partial_lora.txt": [
+        "report",
+        "partial_lora",
+        "--model",
+        "roberta-base",
+        "--set",
+        "mask={'B[d_out]': keep(100)}",
+    ],
+    "comparison.txt": ["report", "lora", "lorta", "vera", "--model", "llama-2-7b", "--set", "rank=1,4,16,64"],
+    "comparison.md": ["sweep", "lora", "lorta", "--model", "llama-2-7b", "--budget", "600k,2.5M", "--format", "md"],
+    "catalogue.txt": ["catalogue"],
+    "expand_lorta.yaml": ["expand", "lorta"],
+}
+
+
+@pytest.mark.parametrize("name", TRANSCRIPTS)
+def test_printed_texts(name, update_golden):
+    path, found = GOLDEN / name, done(*TRANSCRIPTS[name])
+    if update_golden:
+        path.write_text(found, encoding="utf-8")
+    assert found == path.read_text(encoding="utf-8")
+
+
+REFUSED = [
+    ["report", "lroa", "--model", "llama-2-7b"],
+    ["report", "lora", "--model", "llama-2-8b"],
+    ["report", "lora", "--model", "llama-2-7b", "--set", "rank"],
+    ["report", "lora", "--model", "llama-2-7b", "--set", "rnak=4"],
+    ["report", "lora", "--model", "llama-2-7b", "--set", "rank=4,0"],
+    ["report", "lora", "--model", "llama-2-7b", "--set", "matrices=[query, valeu]"],
+    ["report", "lorta", "--model", "llama-2-7b", "--set", "matrices=[down]"],
+    ["expand", "missing.yaml"],
+    ["check", "wrong.yaml", "lroa"],
+    ["sweep", "lora", "vera", "--model", "llama-2-7b", "--budget", "10k"],
+    ["sweep", "constant.yaml", "--model", "llama-2-7b", "--budget", "10k"],
+]
+CONSTANT = """\
+tensorpeft: 1
+name: constant
+target: {matrices: [query]}
+rank: {r: 4}
+update: b[matrix, layer, d_out] * B[d_out, r] * A[r, d_in]
+factors: {b: {init: zeros}, B: {init: normal(1), frozen: true}, A: {init: normal(1), frozen: true}}
+"""
+
+
+def test_refusals(update_golden, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.yaml").write_text(WRONG, encoding="utf-8")
+    Path("constant.yaml").write_text(CONSTANT, encoding="utf-8")
+    said = []
+    for command in REFUSED:
+        result = call(*command)
+        assert (result.exit_code, result.stdout) == (2, ""), result.output
+        said.append(f"$ tensorpeft {' '.join(command)}\n{result.stderr}")
+    path = GOLDEN / "refusals.txt"
+    if update_golden:
+        path.write_text("\n".join(said), encoding="utf-8")
+    assert "\n".join(said) == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["report", "lora"], "--model"),
+        (["report", "--model", "llama-2-7b"], "SPEC"),
+        (["report", "lora", "--modle", "llama-2-7b"], "--model"),
+        (["report", "lora", "--model", "llama-2-7b", "--format", "yaml"], "json"),
+        (["reprot", "lora"], "reprot"),
+        (["sweep", "lora", "--model", "llama-2-7b"], "Give --set or --budget."),
+        (["sweep", "lora", "--model", "llama-2-7b", "--budget", "1k", "--set", "rank=4"], "--budget finds the rank"),
+        (["sweep", "lora", "--model", "llama-2-7b", "--budget", "10q"], "'10q' is not a number of parameters"),
+        (["sweep", "lora", "--model", "llama-2-7b", "--budget", "10k,"], "'' is not a number of parameters"),
+        (["sweep", "lora", "--model", "llama-2-7b", "--budget", "inf"], "'inf' is not a number of parameters"),
+        (["sweep", "lora", "--model", "llama-2-7b", "--budget", "-3"], "'-3' is not a number of parameters"),
+    ],
+)
+def test_wrong_options(command, named):
+    result = call(*command)
+    assert result.exit_code == 2
+    assert named in result.stderr
+    assert result.stdout == ""
+
+
+def test_check_tells_the_right_from_the_wrong(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(WRONG, encoding="utf-8")
+    result = call("check", "lora", str(path), "vera")
+    assert result.exit_code == 2
+    assert result.stdout == "lora: ok\nvera: ok\n"
+    assert f"{path}:4:12: " in result.stderr  # both of its problems
+    assert f"{path}:5:7: " in result.stderr
+
+
+def test_check_of_everything_that_ships():
+    files = sorted(map(str, SHIPPED.glob("*.yaml")))
+    assert done("check", *files).splitlines() == [f"{file}: ok" for file in files]
+
+
+def test_expanding_is_idempotent(tmp_path):
+    once = tmp_path / "once.yaml"
+    once.write_text(done("expand", "partial_lora"), encoding="utf-8")
+    assert done("expand", str(once)) == once.read_text(encoding="utf-8")
+    assert load_spec(once) == load_spec("partial_lora")
+
+
+def test_several_values_are_a_product_in_order():
+    shown = done(
+        "report",
+        "lora",
+        "--model",
+        "vit-base",
+        "--format",
+        "json",
+        "--set",
+        "rank=1,4",
+        "--set",
+        "matrices=[query, key],[out]",
+    )
+    rows = json.loads(shown)
+    assert [row["settings"] for row in rows] == [
+        {"rank": "1", "matrices": "[query, key]"},
+        {"rank": "1", "matrices": "[out]"},
+        {"rank": "4", "matrices": "[query, key]"},
+        {"rank": "4", "matrices": "[out]"},
+    ]
+    assert [row["trainable"] for row in rows] == [12 * 1536 * n for n in (2, 1, 8, 4)]
+    assert rows[0]["stored"] == 12 * 1536 * 2
+    assert rows[0]["bytes"]["checkpoint"] == 4 * 12 * 1536 * 2
+
+
+def test_json_of_one_spec_is_an_object():
+    found = json.loads(done("report", "vera", "--model", "vit-base", "--format", "json", "--set", "rank=2"))
+    wanted = ["trainable", "frozen_stored", "frozen_seeded", "stored", "base", "flops_per_token", "lora_rank"]
+    assert all(type(found[key]) is int for key in wanted)
+    assert found["trainable"] == 24 * (768 + 2)
+    assert found["frozen_seeded"] == 2 * 768 * 2
+    assert found["percent"] == pytest.approx(100 * 24 * 770 / 85_798_656)
+    assert [factor["name"] for factor in found["factors"]] == ["b", "B", "d", "A"]
+    assert found["factors"][0] == {
+        "name": "b",
+        "factor": "b",
+        "modes": ["matrix", "layer", "d_out"],
+        "shape": [2, 12, 768],
+        "count": 18432,
+        "trainable": True,
+        "stored": True,
+        "masked": False,
+        "init": "zeros",
+    }
+
+
+@pytest.mark.parametrize("budget", [4292, 4293, 100_000, 1_000_000])
+def test_a_budget_is_used_up(budget):
+    """LoRTA on q, k, v, o of Llama-2-7B has 4 + 32 + 32 + 128 + 4096 = 4,292 numbers for each step of its rank."""
+    shown = done("sweep", "lorta", "--model", "llama-2-7b", "--budget", str(budget), "--format", "json")
+    (row,) = json.loads(shown)
+    assert row["trainable"] == budget // 4292 * 4292
+    assert row["settings"] == {"budget": str(budget), "rank": str(budget // 4292)}
+
+
+def test_what_no_rank_fits_is_left_out_with_a_note():
+    result = call("sweep", "lora", "lorta", "--model", "llama-2-7b", "--budget", "10k", "--format", "json")
+    assert result.exit_code == 0
+    assert [row["name"] for row in json.loads(result.stdout)] == ["lorta"]
+    assert result.stderr == "`lora` trains 524,288 numbers at rank 1, which is over the budget of 10,000\n"
+
+
+def test_explain():
+    shown = done("explain", "lorta", "--model", "vit-base", "--set", "rank=2")
+    assert shown.startswith("network lorta on vit-base: ")
+    assert "\nplan for 4096 tokens: " in shown
+    assert "A_width[width=768, r=2]" in shown
+    assert "# once per forward pass\ndef forward(self, dtype, " in shown
+    assert "# at 48 sites\ndef forward(self, x, y, " in shown
+
+
+def test_explain_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    result = call("explain", "lora", "--model", "vit-base")
+    assert result.exit_code == 0
+    assert result.stdout.startswith("network lora on vit-base: ")
+    assert "def forward" not in result.stdout
+    assert result.stderr == "torch is not installed, so there is no code to show\n"
+
+
+def test_the_catalogue_names_all_that_ships():
+    first_words = {line.partition(" ")[0] for line in done("catalogue").splitlines()}
+    assert {path.stem for path in SHIPPED.glob("*.yaml")} <= first_words
+    assert set(cards()) <= first_words
+
+
+def test_output_goes_to_a_file(tmp_path):
+    path = tmp_path / "report.json"
+    command = ["report", "lora", "--model", "vit-base", "--format", "json"]
+    assert done(*command, "-o", str(path)) == ""
+    assert path.read_text(encoding="utf-8") == done(*command) == done(*command, "-o", "-")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_is_replaced_as_a_whole_or_kept(tmp_path, monkeypatch):
+    path = tmp_path / "report.txt"
+    path.write_text("before", encoding="utf-8")
+
+    def full(self: Path, target: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    result = call("report", "lora", "--model", "vit-base", "-o", str(path))
+    assert result.exit_code == 1
+    assert result.stderr == f"Error: Could not open file '{path}': No space left on device\n"
+    assert path.read_text(encoding="utf-8") == "before"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_output_follows_a_link(tmp_path):
+    path, link = tmp_path / "report.txt", tmp_path / "link.txt"
+    path.touch()
+    link.symlink_to(path)
+    done("report", "lora", "--model", "vit-base", "-o", str(link))
+    assert link.is_symlink()
+    assert path.read_text(encoding="utf-8").startswith("lora on vit-base")
+
+
+def test_a_config_file_is_a_model(tmp_path):
+    config = {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 96,
+        "vocab_size": 100,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(config), encoding="utf-8")
+    found = json.loads(done("report", "lora", "--model", str(path), "--format", "json"))
+    assert found["trainable"] == 2 * 2 * 8 * (64 + 64)

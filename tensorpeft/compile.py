@@ -94,7 +94,7 @@ def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = No
         plan = front(spec, shape)
         check_factors(saved.header, plan.network)
         values = restored(saved, plan.network)
-    return attach_plan(model, plan, name, values)
+        return attach_plan(model, plan, name, values)
 
 
 def report(

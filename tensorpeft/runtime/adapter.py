@@ -63,7 +63,7 @@ class Adapter(nn.Module):
         return f"{self.name}: {self.spec.update}, {len(self.sites)} sites, {trained:,} trained"
 
     def delta(self, module: str, task: int | None = None) -> Tensor:  # shape: (d_out, d_in)
-        """DW of the module at a path, in the dtype of the factors; zero in the rows of a fused module that have no site.
+        """The update dW of the module at a path, in the dtype of the factors; zero in the rows of a fused module that have no site.
 
         Raises:
             AdapterError: no site is there, or the spec has tasks and none is given.
@@ -174,7 +174,11 @@ class Adapter(nn.Module):
             self.factors.fill(block, self.spec.seed)
         self.forget()
 
-    # What the hooks call
+    # What the model and its hooks call
+
+    def forward(self, x: Any) -> Any:
+        """The input as it is: in an ``nn.Sequential`` a submodule is a step, and this one changes nothing there."""
+        return x
 
     def forget(self) -> None:
         """Drop the prologue's results: the next site computes them from the factors as they then are."""

@@ -55,7 +55,7 @@ class Factors(nn.Module):
 
 def initial_tensor(block: Block, seed: int, dtype: torch.dtype) -> Tensor:
     """What a block starts from, on the CPU."""
-    tensor = torch.empty(block.shape, dtype=dtype)
+    tensor = torch.empty(block.shape, dtype=dtype, device="cpu")
     _fill(tensor, block, seed)
     return tensor
 

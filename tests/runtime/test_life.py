@@ -365,3 +365,19 @@ def test_delta_of_an_unknown_place() -> None:
     assert str(error.value) == (
         "adapter `lora` has no site at `model.layers.0.self_attn.q_porj`; did you mean `model.layers.0.self_attn.q_proj`?"
     )
+
+
+def test_a_bare_sequential() -> None:
+    """Its forward calls every submodule, of which the adapter is one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    x, before = torch.randn(5, 6, dtype=torch.float64), state(model)
+    base = model(x)
+    adapter = tp.attach(model, tp.load_spec("lora", rank=2, matrices=["all-linear"]))
+    assert torch.equal(model(x), base)
+    randomise(adapter)
+    factored = model(x)
+    adapter.merge()
+    assert torch.allclose(model(x), factored, rtol=1e-12) and not torch.allclose(factored, base)
+    adapter.detach()
+    assert state(model) == before

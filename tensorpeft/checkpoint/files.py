@@ -1,0 +1,150 @@
+"""Header and tensors <-> one file, ``adapter.safetensors``.
+
+The file is replaced as a whole: whoever reads meets the old one or the new one. Reading trusts nothing of it: no
+pickle, no name that is imported or looked up, and each tensor is held to the shape, dtype and digest of the header.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from secrets import token_hex
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor, header_text, parse_header
+from tensorpeft.language.errors import CheckpointError, SpecError, did_you_mean, listing
+
+FILE = "adapter.safetensors"
+_KEY = "tensorpeft"  # the one entry of the file's metadata: safetensors writes several in no order that lasts
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file holds. The tensors are those of the stored factors, on the CPU."""
+
+    path: Path
+    header: Header
+    tensors: dict[str, Tensor]
+
+
+def write(folder: Path, header: Header, tensors: Mapping[str, Tensor]) -> Path:
+    """Write ``folder/adapter.safetensors``, and say where it is. An error leaves the file that was there.
+
+    Raises:
+        OSError: the folder or the file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    content = serialise(dict(tensors), {_KEY: header_text(header)})
+    temporary = folder / f".{FILE}.{token_hex(8)}"
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(folder / FILE)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return folder / FILE
+
+
+def read(folder: Path) -> Saved:
+    """What ``folder/adapter.safetensors`` holds: whole, undamaged, and of finite numbers.
+
+    Raises:
+        CheckpointError: there is none, or it is not that.
+    """
+    path = folder / FILE
+    with blamed_on(path), _opened(path) as file:
+        metadata = file.metadata() or {}
+        if _KEY not in metadata:
+            raise CheckpointError(f"this safetensors file is no adapter of tensorpeft: it has no metadata `{_KEY}`")
+        header = parse_header(metadata[_KEY])
+        stored = {name: factor for name, factor in header.factors.items() if factor.stored}
+        _check_names(stored, set(file.keys()))
+        tensors = {name: _tensor(file, name, factor) for name, factor in stored.items()}
+    return Saved(path, header, tensors)
+
+
+@contextmanager
+def blamed_on(path: Path) -> Iterator[None]:
+    """Within this context an error of a file, or of the spec in it, becomes one that starts with the file's path."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error.__cause__
+    except SpecError as error:
+        raise CheckpointError(f"{path}: its spec does not load, or does not fit this model\n{error}") from error
+
+
+def digest(tensor: Tensor) -> str:
+    """SHA-256 of a CPU tensor: a line such as ``float32[8,64]``, then its numbers in C order, little-endian."""
+    shape = ",".join(map(str, tensor.shape))
+    whole_numbers = tensor.contiguous().view(_BITS[tensor.dtype.itemsize]).numpy()  # numpy has no bfloat16
+    numbers = whole_numbers.astype(whole_numbers.dtype.newbyteorder("<"), copy=False)
+    return sha256(f"{dtype_name(tensor)}[{shape}]\n".encode() + numbers.tobytes()).hexdigest()
+
+
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """``float32``."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    if path.parent.is_file():
+        raise CheckpointError(f"`{path.parent}` is a file; give the folder that `{FILE}` lies in")
+    if not path.is_file():
+        raise CheckpointError("there is no such file; `adapter.save(folder)` writes it")
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except OSError as error:
+        raise CheckpointError(f"it cannot be read: {(error.strerror or str(error)).lower()}") from error
+    except SafetensorError as error:
+        found = f"found {path.stat().st_size:,} bytes that are no whole safetensors file"
+        raise CheckpointError(f"{found}; it is damaged, cut off, or of another kind") from error
+
+
+def _check_names(stored: Mapping[str, SavedFactor], found: set[str]) -> None:
+    if missing := sorted(stored.keys() - found):
+        raise CheckpointError(f"it lacks the factor {listing(missing)}; found {listing(sorted(found)) or 'no tensor'}")
+    if extra := sorted(found - stored.keys()):
+        name = extra[0][:60]
+        raise CheckpointError(f"it has a tensor `{name}`, which is no stored factor of it{did_you_mean(name, stored)}")
+
+
+def _tensor(file: safe_open, name: str, factor: SavedFactor) -> Tensor:
+    """A tensor of the file, if it is as the header says. What the file says of it is checked before it is read."""
+    place = file.get_slice(name)
+    if place.get_dtype() != DTYPES[factor.dtype]:
+        raise CheckpointError(f"factor `{name}` is {place.get_dtype()}, expected {DTYPES[factor.dtype]}")
+    if tuple(place.get_shape()) != factor.shape:
+        raise CheckpointError(f"factor `{name}` has shape {tuple(place.get_shape())}, expected {factor.shape}")
+    tensor: Tensor = file.get_tensor(name).clone()  # its own memory, not the file's
+    check_digest(tensor, factor, f"factor `{name}` is damaged")
+    bad = int((~tensor.isfinite()).sum())
+    if bad:
+        raise CheckpointError(f"factor `{name}` has numbers that are not finite, {bad} of {tensor.numel()}")
+    return tensor
+
+
+def check_digest(tensor: Tensor, factor: SavedFactor, otherwise: str) -> None:
+    """Hold a tensor to a factor's digest.
+
+    Raises:
+        CheckpointError: it has another; the message starts with ``otherwise``.
+    """
+    found = digest(tensor)
+    if found != factor.sha256:
+        raise CheckpointError(f"{otherwise}: its SHA-256 is {found[:12]}..., expected {factor.sha256[:12]}...")

@@ -1,0 +1,74 @@
+"""Header x model: whether a saved adapter was saved from such a base. Says what differs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from hashlib import sha256
+
+from tensorpeft.checkpoint.header import Header, SiteRow
+from tensorpeft.language.errors import CheckpointError, listing
+from tensorpeft.network.network import Block, Network
+from tensorpeft.network.shapes import Site
+from tensorpeft.network.targets import fingerprint
+
+
+def site_rows(sites: Iterable[Site]) -> tuple[SiteRow, ...]:
+    """What a header says of sites."""
+    return tuple((site.matrix, site.layer, site.d_out, site.d_in) for site in sites)
+
+
+def mask_digest(block: Block) -> str | None:
+    """SHA-256 of the indices that masks keep of a block: a line for each key and masked axis. None: it has no mask."""
+    if block.kept is None:
+        return None
+    places = ((key, axis, kept) for key in block.keys for axis, kept in enumerate(block.kept[key]) if kept is not None)
+    return sha256("\n".join(f"{key} {axis} {kept.tolist()}" for key, axis, kept in places).encode()).hexdigest()
+
+
+def check_sites(header: Header, model: str, sites: tuple[Site, ...]) -> None:
+    """Hold the sites that the saved spec means on a model to those of the base that it was saved from.
+
+    Raises:
+        CheckpointError: they differ in number, order or size.
+    """
+    if fingerprint(sites) != header.fingerprint:
+        difference = _difference(header.sites, site_rows(sites))
+        raise CheckpointError(
+            f"this {model} does not have the sites of the {header.model} it was saved from: {difference}"
+        )
+
+
+def check_factors(header: Header, network: Network) -> None:
+    """Hold the factors that the saved spec has on a model to those of the file.
+
+    Raises:
+        CheckpointError: the names, a shape or a mask differ, or one is not stored that no seed gives.
+    """
+    blocks = {block.name: block for block in network.blocks}
+    if blocks.keys() != header.factors.keys():
+        expected = f"expected {listing(sorted(blocks))} for this model"
+        raise CheckpointError(f"it has the factors {listing(header.factors)}, {expected}")
+    for name, block in blocks.items():
+        saved = header.factors[name]
+        if saved.shape != block.shape:
+            raise CheckpointError(f"factor `{name}` has shape {saved.shape}, expected {block.shape} for this model")
+        if saved.mask != mask_digest(block):
+            raise CheckpointError(f"the mask of factor `{name}` is another than the one it was saved with")
+        if not (saved.stored or block.seeded):
+            raise CheckpointError(f"it does not hold factor `{name}`, which no seed gives")
+
+
+def _difference(saved: Iterable[SiteRow], here: Iterable[SiteRow]) -> str:
+    """The first difference between two lists of sites."""
+    before, now = ({row[:2]: row[2:] for row in rows} for rows in (saved, here))
+    for (matrix, layer), (d_out, d_in) in before.items():
+        place = f"`{matrix}` of layer {layer}"
+        if (matrix, layer) not in now:
+            return f"there is no {place}"
+        if now[matrix, layer] != (d_out, d_in):
+            found = now[matrix, layer]
+            return f"{place} is {found[0]} x {found[1]} (d_out x d_in), expected {d_out} x {d_in}"
+    for matrix, layer in now:
+        if (matrix, layer) not in before:
+            return f"it has `{matrix}` of layer {layer} too"
+    return "they are in another order"

@@ -63,7 +63,7 @@ class Adapter(nn.Module):
         return f"{self.name}: {self.spec.update}, {len(self.sites)} sites, {trained:,} trained"
 
     def delta(self, module: str, task: int | None = None) -> Tensor:  # shape: (d_out, d_in)
-        """The update dW of the module at a path, in the dtype of the factors; zero in the rows of a fused module that have no site.
+        """The update dW of the module at a path, in the factors' dtype; zero in rows of a fused module that have no site.
 
         Raises:
             AdapterError: no site is there, or the spec has tasks and none is given.
@@ -193,11 +193,11 @@ class Adapter(nn.Module):
         pieces = [stacks[piece.stack][piece.row] for piece in call.pieces]
         indices = [index.to(y.device) for index in call.indices]
         if not call.by_task:
-            return call.code(x, y, *indices, *pieces)
+            return call.code.forward(x, y, *indices, *pieces)
         ids = self._checked_ids(x, call.site)
         if x.dim() == 2:  # (batch, d_in): one token a row
-            return call.code(x.unsqueeze(1), y.unsqueeze(1), ids, *indices, *pieces).squeeze(1)
-        return call.code(x, y, ids, *indices, *pieces)
+            return call.code.forward(x.unsqueeze(1), y.unsqueeze(1), ids, *indices, *pieces).squeeze(1)
+        return call.code.forward(x, y, ids, *indices, *pieces)
 
     def _checked_ids(self, x: Tensor, site: Site) -> Tensor:
         if self._ids is None:

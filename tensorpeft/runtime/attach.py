@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -31,8 +33,8 @@ def attach_plan(
         raise AdapterError(f"the adapter name `{name}` is not a Python identifier; give another with `name=`")
     if hasattr(model, PREFIX + name):
         raise AdapterError(f"the model already has an adapter `{name}`; give this one another name with `name=`")
-    weight = model.get_submodule(plan.network.sites[0].module).weight
-    floating = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize >= 4
+    weight: Any = model.get_submodule(plan.network.sites[0].module).weight
+    floating = weight.is_floating_point() and weight.dtype.itemsize >= 4
     adapter = Adapter(plan, name, weight.dtype if floating else torch.float32, weight.device)
     if values is not None:
         adapter.factors.put(values)

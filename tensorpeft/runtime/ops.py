@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def add_matmul(
@@ -12,12 +15,36 @@ def add_matmul(
     right: Tensor,  # shape: (k, n)
     alpha: float,
 ) -> Tensor:  # shape: (..., n)
-    """``y + alpha * h @ right`` in one kernel, in y's own memory where autograd keeps no view of it."""
-    y2, h2 = y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1])
-    if torch.compiler.is_compiling() or y._is_view() or y2.data_ptr() != y.data_ptr():
-        return torch.addmm(y2, h2, right, alpha=alpha).view(y.shape)
-    y2.addmm_(h2, right, alpha=alpha)
-    return y
+    """``y + alpha * h @ right`` in one kernel, in y's own memory unless y is a view or the call is being compiled."""
+    if torch.compiler.is_compiling() or y._is_view() or not y.is_contiguous():
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h.reshape(-1, h.shape[-1]), right, alpha=alpha).view(y.shape)
+    return _AddMatmul.apply(y, h, right, alpha)
+
+
+class _AddMatmul(torch.autograd.Function):
+    """autograd's own backward of an in-place ``addmm_`` on a flattened y costs four copies, and two products with alpha."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, h: Tensor, right: Tensor, alpha: float) -> Tensor:
+        ctx.save_for_backward(h if ctx.needs_input_grad[2] else None, right if ctx.needs_input_grad[1] else None)
+        ctx.alpha = alpha
+        ctx.mark_dirty(y)
+        y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), right, alpha=alpha)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        h, right = ctx.saved_tensors
+        flat = gradient.reshape(-1, gradient.shape[-1])
+        to_h = None if right is None else _product(flat, right.t(), ctx.alpha).view(*gradient.shape[:-1], -1)
+        to_right = None if h is None else _product(h.reshape(-1, h.shape[-1]).t(), flat, ctx.alpha)
+        return gradient, to_h, to_right, None
+
+
+def _product(a: Tensor, b: Tensor, alpha: float) -> Tensor:
+    """``alpha * a @ b`` in one kernel."""
+    return a @ b if alpha == 1 else torch.addmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
 
 
 def add(y: Tensor, update: Tensor, alpha: float) -> Tensor:  # shapes: (..., n)

@@ -102,7 +102,9 @@ def test_trains_its_own_factors_only(spec: str) -> None:
     model = build("llama")
     adapter = tp.attach(model, tp.load_spec(spec, **SPECS[spec]))
     x, target = inputs("llama"), torch.randn(3, 7, 50, generator=torch.Generator().manual_seed(0))
-    frozen = {n: p.detach().clone() for n, p in (*model.named_parameters(), *adapter.named_buffers()) if not p.requires_grad}
+    frozen = {
+        n: p.detach().clone() for n, p in (*model.named_parameters(), *adapter.named_buffers()) if not p.requires_grad
+    }
     trained = {n: p.detach().clone() for n, p in adapter.named_parameters()}
     optimizer = torch.optim.Adam(adapter.parameters(), lr=0.05)
     losses = []
@@ -128,7 +130,8 @@ def test_merged_equals_factored_and_unmerging_restores_the_bits(architecture: st
         base = run(model, x)
     adapter.merge()
     merged = run(model, x)
-    assert torch.allclose(merged, factored, rtol=1e-6, atol=1e-7) and not torch.allclose(merged, base, rtol=1e-3)
+    assert torch.allclose(merged, factored, rtol=1e-6, atol=1e-7)
+    assert not torch.allclose(merged, base, rtol=1e-3)
     with adapter.disabled():
         assert torch.equal(run(model, x), base)
     assert torch.equal(run(model, x), merged)
@@ -308,7 +311,7 @@ def test_inference_mode_then_training() -> None:
     truth = run(model, x).detach()
     with torch.inference_mode():
         assert torch.equal(run(model, x), truth)
-        assert torch.equal(model.model.layers[0].self_attn.q_proj(torch.ones(1, 64, dtype=torch.float64)).isnan().any(), torch.tensor(False))
+        assert model.model.layers[0].self_attn.q_proj(torch.ones(1, 64, dtype=torch.float64)).isfinite().all()
     with torch.no_grad():
         assert torch.equal(run(model, x), truth)
     assert all(g.abs().sum() > 0 for g in gradients(model, adapter, x).values())
@@ -347,9 +350,15 @@ def test_tasks_are_refused_where_they_do_not_fit() -> None:
     x = inputs("bert")
     with pytest.raises(tp.AdapterError, match=r"call the model within `adapter.tasks\(ids\)`"):
         run(model, x)
-    with adapter.tasks(torch.tensor([0, 1])), pytest.raises(tp.AdapterError, match="was given 2 ids, but query of layer 0"):
+    with (
+        adapter.tasks(torch.tensor([0, 1])),
+        pytest.raises(tp.AdapterError, match="was given 2 ids, but query of layer 0"),
+    ):
         run(model, x)
-    with pytest.raises(tp.AdapterError, match=r"found ids from 0 to 3, expected 0 to 2"), adapter.tasks(torch.tensor([0, 3])):
+    with (
+        pytest.raises(tp.AdapterError, match=r"found ids from 0 to 3, expected 0 to 2"),
+        adapter.tasks(torch.tensor([0, 3])),
+    ):
         pass
     with pytest.raises(tp.AdapterError, match="has 3 tasks, found task None, expected 0 to 2"):
         adapter.delta("encoder.layer.0.attention.self.query")
@@ -378,6 +387,7 @@ def test_a_bare_sequential() -> None:
     randomise(adapter)
     factored = model(x)
     adapter.merge()
-    assert torch.allclose(model(x), factored, rtol=1e-12) and not torch.allclose(factored, base)
+    assert torch.allclose(model(x), factored, rtol=1e-12)
+    assert not torch.allclose(factored, base)
     adapter.detach()
     assert state(model) == before

@@ -1,9 +1,14 @@
 """A model family's table (``specs/models/families/<model_type>.yaml``) put to one config: its matrices and their sides.
 
 A table is data. ``sizes`` and ``switches`` are rules over the config's keys (`network.sizes`), of which the sizes are
-published; ``matrices`` say, for each role, which module holds it, its two sides, which side the heads split and, for a
-part of a fused module, which rows; ``parameters``, ``classes`` and ``uncounted`` serve to count the parameters.
+published; ``config`` gives keys that a config may lack. ``matrices`` say, for each role, which module holds it, its two
+sides, which side the heads split and, for a part of a fused module, which rows. ``linears`` are the modules outside the
+layers; these, ``parameters``, ``classes`` and ``uncounted`` (keys or switches) serve to count the parameters.
 A table that is ``like:`` another has all its keys, but for those it gives itself.
+
+A model of several stacks (encoder and decoder, two towers) has the stack, and the attention where there are two kinds,
+in front of the role: ``encoder.query``, ``decoder.query``, ``decoder.cross.query``. Its matrices may give ``layers`` of
+their own. A config inside the config is read with its name in front: ``text_config_hidden_size``.
 """
 
 from __future__ import annotations
@@ -33,7 +38,9 @@ class Matrix:
     modules: tuple[str, ...]  # templates with `{layer}`; the first is the present name, others are former ones
     d_out: int
     d_in: int
+    layers: int  # how many layers have it
     n_parameters: int  # of the weight and, where there is one, the bias
+    called: bool = True  # else the model reads the weight itself: an update of the module's output would have no effect
     heads: int | None = None
     head_side: str | None = None
     rows: Rows | None = None
@@ -97,7 +104,7 @@ def put(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sizes]:
         found = "the config has no `model_type`" if family is None else f"model type `{family}` is not known"
         raise ModelError(f"{found}, expected one of {listing(families(), 40)}{did_you_mean(str(family), families())}")
     table = _table(str(family))
-    return table, Sizes({**table["sizes"], **table["switches"]}, {**table.get("config", {}), **config})
+    return table, Sizes({**table["sizes"], **table["switches"]}, {**table.get("config", {}), **_flat(config)})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -112,8 +119,14 @@ def _table(family: str) -> Mapping[str, Any]:
     return {**_table(table["like"]), **table} if "like" in table else table
 
 
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the keys of the configs inside it: ``text_config: {hidden_size: 8}`` gives ``text_config_hidden_size``."""
+    inside = {key: part for key, part in config.items() if isinstance(part, Mapping)}
+    return {**{f"{key}_{inner}": value for key, part in inside.items() for inner, value in part.items()}, **config}
+
+
 def _sensible(name: str, size: int) -> int:
-    most = MAX_LAYERS if name == "layers" else MAX_SIZE
+    most = MAX_LAYERS if name.endswith("layers") else MAX_SIZE
     if not 0 < size <= most:
         raise ModelError(f"`{name}` comes to {size}, expected 1 to {most}")
     return size
@@ -128,7 +141,9 @@ def _matrix(role: str, entry: Mapping[str, Any], sizes: Sizes) -> Matrix:
         modules=(entry["module"],) if isinstance(entry["module"], str) else tuple(entry["module"]),
         d_out=d_out,
         d_in=d_in,
+        layers=_sensible("layers", sizes.value(entry.get("layers", "layers"))),
         n_parameters=d_out * (d_in + sizes.value(entry.get("bias", 0))),
+        called=entry.get("called", True),
         heads=sizes.value(heads) if heads else None,
         head_side=side,
         rows=Rows(**{key: sizes.value(rule) for key, rule in rows.items()}) if rows else None,

@@ -67,19 +67,29 @@ def _shape(name: str, config: Mapping[str, Any], where: str) -> ModelShape:
     try:
         known = architecture(config)
         table, sizes = put(config)
-        if uncounted := [key for key in table.get("uncounted", ()) if config.get(key)]:
-            raise ModelError(f"`{uncounted[0]}` adds parameters that the table of `{known.family}` does not count")
+        _refuse_uncounted(table, config, sizes)
         model_class, added = _class(table, config)
+        start = f"{added['prefix']}." if "prefix" in added else ""
+        outside = _outside(table, start, added, sizes)
         return ModelShape(
             name=name,
-            sites=resolve(_linears(known, added, sizes), known),
+            sites=resolve((*_inside(known, start), *outside), known),
             sizes=known.sizes,
-            n_parameters=_n_parameters(known, table, added, sizes),
+            n_parameters=sizes.value(table["parameters"])
+            + sum(matrix.layers * matrix.n_parameters for matrix in known.matrices)
+            + sum(outside.values())
+            + sizes.value(added.get("parameters", 0)),
             family=known.family,
             model_class=model_class,
         )
     except ModelError as reason:
         raise ModelError(f"{where}: {reason}") from None
+
+
+def _refuse_uncounted(table: Mapping[str, Any], config: Mapping[str, Any], sizes: Sizes) -> None:
+    for key in table.get("uncounted", ()):
+        if sizes[key] if key in table["switches"] else config.get(key):
+            raise ModelError(f"`{key}` adds parameters that the table of `{config['model_type']}` does not count")
 
 
 def _class(table: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
@@ -90,26 +100,22 @@ def _class(table: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, Ma
     return (first, classes[first]) if first in classes else next(iter(classes.items()))
 
 
-def _linears(known: Architecture, added: Mapping[str, Any], sizes: Sizes) -> tuple[Linear, ...]:
-    """Every linear module of a class, by its present name."""
-    start = f"{added['prefix']}." if "prefix" in added else ""
-    inside = (
+def _inside(known: Architecture, start: str) -> tuple[Linear, ...]:
+    """The linear modules of the layers, by their present names; the parts of a fused one are one module."""
+    modules = (
         Linear(start + matrix.modules[0].format(layer=layer), matrix.module_d_out, matrix.d_in)
-        for layer in range(sizes["layers"])
         for matrix in known.matrices
+        for layer in range(matrix.layers)
     )
-    outside = (
-        Linear(module, sizes.value(linear["d_out"]), sizes.value(linear["d_in"]))
-        for module, linear in added.get("linears", {}).items()
-    )
-    return (*dict.fromkeys(inside), *outside)
+    return tuple(dict.fromkeys(modules))
 
 
-def _n_parameters(known: Architecture, table: Mapping[str, Any], added: Mapping[str, Any], sizes: Sizes) -> int:
-    """Body, layers, and what the class adds; tied weights count once."""
-    layers = sizes["layers"] * sum(matrix.n_parameters for matrix in known.matrices)
-    outside = 0
-    for linear in added.get("linears", {}).values():
-        d_in, tied, bias = (sizes.value(linear.get(key, 0)) for key in ("d_in", "tied", "bias"))
-        outside += sizes.value(linear["d_out"]) * (d_in * (1 - tied) + bias)
-    return sizes.value(table["parameters"]) + layers + outside + sizes.value(added.get("parameters", 0))
+def _outside(table: Mapping[str, Any], start: str, added: Mapping[str, Any], sizes: Sizes) -> dict[Linear, int]:
+    """The linear modules outside the layers, those of the body first, and the parameters of each; tied weights count once."""
+    entries = {start + module: entry for module, entry in table.get("linears", {}).items()} | added.get("linears", {})
+    found = {}
+    for module, entry in entries.items():
+        if sizes.value(entry.get("if", 1)):
+            d_out, d_in, tied, bias = (sizes.value(entry.get(key, 0)) for key in ("d_out", "d_in", "tied", "bias"))
+            found[Linear(module, d_out, d_in)] = d_out * (d_in * (1 - tied) + bias)
+    return found

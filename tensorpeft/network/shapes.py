@@ -33,7 +33,7 @@ class Site:
     """A place where an update can land: a linear module, or a part of a fused one."""
 
     module: str  # path in the model, "model.layers.0.self_attn.q_proj"
-    matrix: str  # the role where the family is known, else the module's own name
+    matrix: str  # the role where the family is known, behind its stack if there are several; else the module's own name
     layer: int
     d_out: int
     d_in: int
@@ -45,6 +45,10 @@ class Site:
     def key(self) -> tuple[str, int]:
         """What a factor's site modes are bound to."""
         return self.matrix, self.layer
+
+    def is_named(self, name: str) -> bool:
+        """Whether a name is that of this site's matrix or its dotted ending: ``query`` of ``decoder.cross.query``."""
+        return f".{self.matrix}".endswith(f".{name}")
 
     @property
     def module_d_out(self) -> int:
@@ -74,7 +78,7 @@ class ModelShape:
 
     name: str
     sites: tuple[Site, ...]
-    sizes: tuple[tuple[str, int], ...]  # at least width and layers; heads, head_dim, mlp, vocab where known
+    sizes: tuple[tuple[str, int], ...]  # width, layers, heads, head_dim, mlp, vocab: those of which the model has one
     n_parameters: int
     family: str | None = None  # the model type whose table gave the roles
     model_class: str | None = None  # the class that `n_parameters` counts, "LlamaForCausalLM"

@@ -16,7 +16,7 @@ def resolve(linears: Sequence[Linear], architecture: Architecture | None) -> tup
     Modules that the family knows have the family's roles, in its order. Every other module is named by its path: its
     layer is the first integer in the path that differs between modules of otherwise equal paths (the first integer if
     none does, 0 if there is none), its matrix the path without that integer, cut to the shortest dotted ending that
-    begins with a name, is no role, and is no other matrix's ending.
+    begins with a name, is no role, and is no other matrix's ending. A module that the model never calls is no site.
 
     Raises:
         ModelError: a module has other sides than its family's table says, or two modules have one role and layer.
@@ -27,7 +27,7 @@ def resolve(linears: Sequence[Linear], architecture: Architecture | None) -> tup
         found = architecture and architecture.find(linear.module)
         if found:
             layer, matrices = found
-            parts = [_part(linear, layer, matrix) for matrix in matrices]
+            parts = [_part(linear, layer, matrix) for matrix in matrices if matrix.called]
         else:
             matrix, layer = named[linear.module]
             key_is_free = (matrix, layer) not in sites

@@ -23,9 +23,11 @@ def choose(target: Target, shape: ModelShape) -> tuple[Site, ...]:
     """The sites that a target means on a model: matrix by matrix in the model's order, each by its layers.
 
     An entry of ``matrices`` or ``exclude`` is the name of a matrix (a role); where there is none of that name, the
-    dotted ending of a module's path. With ``*``, ``?`` or ``[`` it is a glob over both. With ``{layer}`` it is an
-    ending that says which number of the path is the layer; ``{matrix}`` in it says which part names the matrix, where
-    no family does. ``all-linear`` is every module inside the layers, or every module of a model without layers.
+    dotted ending of such a name or of a module's path. So in a model of several stacks ``query`` means every query,
+    ``decoder.query`` those of one stack, ``cross.query`` those of the cross-attention. With ``*``, ``?`` or ``[`` it is
+    a glob over both. With ``{layer}`` it is an ending that says which number of the path is the layer; ``{matrix}`` in
+    it says which part names the matrix, where no family does. ``all-linear`` is every module inside the layers, or
+    every module of a model without layers.
     ``layers`` restricts what is inside the layers, and nothing else.
 
     Raises:
@@ -68,7 +70,7 @@ def match(entry: str, shape: ModelShape) -> tuple[Site, ...]:
         glob = f"*.{entry.removeprefix('*.')}"
         return tuple(s for s in shape.sites if fnmatchcase(f".{s.module}", glob) or fnmatchcase(f".{s.matrix}", glob))
     by_matrix = tuple(site for site in shape.sites if site.matrix == entry)
-    return by_matrix or tuple(site for site in shape.sites if f".{site.module}".endswith(f".{entry}"))
+    return by_matrix or tuple(s for s in shape.sites if s.is_named(entry) or f".{s.module}".endswith(f".{entry}"))
 
 
 def fingerprint(sites: Iterable[Site]) -> str:

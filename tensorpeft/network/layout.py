@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from math import prod
+from typing import TypeVar
 
 from tensorpeft.language.errors import fail
 from tensorpeft.language.source import Span
@@ -11,6 +13,7 @@ from tensorpeft.language.spec import SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Definition, Expression
 from tensorpeft.network.shapes import ModelShape, Site
 
+_Value = TypeVar("_Value")
 LARGEST = 2**31  # of one mode: beyond it nothing fits a tensor index
 
 
@@ -22,11 +25,15 @@ class Layout:
     parts: dict[str, tuple[str, ...]]
     scale: float
 
-    def atoms(self, mode: str) -> tuple[str, ...]:
-        """What a mode comes down to: its parts, and theirs, in order."""
-        if mode not in self.parts:
+    def atoms(self, mode: str, carried: Set[str]) -> tuple[str, ...]:
+        """What a mode comes down to among carried ones: itself, or its atoms in order if one of its parts is carried."""
+        if not self._inside(mode) & carried:
             return (mode,)
-        return tuple(atom for part in self.parts[mode] for atom in self.atoms(part))
+        return tuple(atom for part in self.parts[mode] for atom in self.atoms(part, carried))
+
+    def _inside(self, mode: str) -> set[str]:
+        parts = self.parts.get(mode, ())
+        return {*parts}.union(*map(self._inside, parts))
 
 
 def used_modes(spec: Spec) -> set[str]:
@@ -64,10 +71,12 @@ def layout(spec: Spec, model: ModelShape, site: Site) -> Layout:
 def _add_structure(
     spec: Spec, site: Site, used: set[str], sizes: dict[str, int], parts: dict[str, tuple[str, ...]]
 ) -> None:
-    """Give `head`, `head_dim` and `width` their sizes, and split the sides by them unless the spec does so itself."""
-    counts, turned = dict(spec.heads.count), dict(spec.heads.side)
-    heads = counts.get(site.matrix, counts.get("*", site.heads))
-    side = turned.get(site.matrix, turned.get("*", site.head_side)) or "d_out"
+    """Give `head`, `head_dim` and `width` their sizes, and split each side by them unless the spec does so itself."""
+    heads = _said_of(site, spec.heads.count, site.heads)
+    written = {
+        part.name: definition.name for definition in spec.modes if definition.name in SIDES for part in definition.parts
+    }
+    side = written.get("head", _said_of(site, spec.heads.side, site.head_side)) or "d_out"
     if heads is None:
         span = next(
             (f.span for p in spec.update.products for f in p.factors if {"head", "head_dim", "width"} & {*f.modes}),
@@ -82,10 +91,17 @@ def _add_structure(
         raise fail(f"{heads} heads do not divide {side} = {sizes[side]} of {site}", spec.target.span(site.matrix))
     other = SIDES[1 - SIDES.index(side)]
     sizes.update(head=heads, head_dim=sizes[side] // heads, width=sizes[other])
-    if not parts.keys() & {*SIDES}:
-        parts[side] = ("head", "head_dim")
-        if "width" in used:
-            parts[other] = ("width",)
+    if "head" not in written and "head_dim" not in written:
+        parts.setdefault(side, ("head", "head_dim"))
+    if "width" in used and "width" not in written:
+        parts.setdefault(other, ("width",))
+
+
+def _said_of(site: Site, values: Iterable[tuple[str, _Value]], otherwise: _Value | None) -> _Value | None:
+    """The value that a spec gives for a site's matrix, else for ``*``, else what the model says."""
+    by_matrix = dict(values)
+    named = next((value for matrix, value in by_matrix.items() if site.is_named(matrix)), by_matrix.get("*"))
+    return otherwise if named is None else named
 
 
 def _in_order(spec: Spec) -> list[tuple[str, Expression]]:

@@ -7,14 +7,16 @@ Not here: the order of contraction (planning), numbers (initial), torch (runtime
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from tensorpeft.language.errors import fail
+from tensorpeft.language.errors import fail, listing
 from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
+from tensorpeft.language.syntax import Product
 from tensorpeft.network.layout import Layout, layout, used_modes
 from tensorpeft.network.masks import kept_indices
 from tensorpeft.network.network import Axis, Block, Group, Key, Network, Operand, Term
@@ -28,16 +30,30 @@ def lower(spec: Spec, model: ModelShape) -> Network:
     Raises:
         SpecError: the target, a size, a mask or the ragged policy does not fit this model.
     """
+    _refuse_unsupported(spec)
     sites = choose(spec.target, model)
     placed = _layouts(spec, model, sites)
     storages = {name: _store(spec, name, placed) for name, _ in spec.factors}
-    gathered: dict[tuple[Any, ...], list[tuple[Site, Layout]]] = defaultdict(list)
+    masked = [storages[name] for name in dict.fromkeys(rule.factor for rule in spec.masks)]
+    gathered: dict[tuple[Any, ...], tuple[Layout, list[Site]]] = {}
     for site, modes in placed:
         blocks = tuple(storage.block(site).name for storage in storages.values())
-        unique = site.key if spec.masks else None  # masked sites differ in size, each from every other
-        gathered[id(modes), blocks, unique].append((site, modes))
-    groups = tuple(_group(spec, storages, members) for members in gathered.values())
+        keys = tuple(storage.key(site) for storage in masked)  # of which each keeps indices of its own
+        gathered.setdefault((id(modes), blocks, keys), (modes, []))[1].append(site)
+    groups = tuple(_group(spec, storages, modes, tuple(members)) for modes, members in gathered.values())
     return Network(spec, model, tuple(b for s in storages.values() for b in s.blocks), groups)
+
+
+def _refuse_unsupported(spec: Spec) -> None:
+    for product in spec.update.products:
+        for reference in product.factors:
+            if reference.factor == BASE_WEIGHT:
+                raise fail("the base weight `W` in an update is not supported yet", reference.span)
+            if "expert" in reference.modes:
+                raise fail("the mode `expert` is not supported yet", reference.span)
+    for definition in spec.modes:
+        if any(part.name == "expert" for part in definition.parts):
+            raise fail("the mode `expert` is not supported yet", definition.span)
 
 
 def _layouts(spec: Spec, model: ModelShape, sites: tuple[Site, ...]) -> list[tuple[Site, Layout]]:
@@ -57,6 +73,7 @@ def _layouts(spec: Spec, model: ModelShape, sites: tuple[Site, ...]) -> list[tup
 class _Storage:
     """The blocks of one factor, and which of them a site uses."""
 
+    factor: str
     site_modes: tuple[str, ...]
     written: tuple[str, ...]  # the free written modes
     blocks: tuple[Block, ...]
@@ -67,6 +84,13 @@ class _Storage:
 
     def block(self, site: Site) -> Block:
         return self.of_site[site.key][1]
+
+    def kept(self, site: Site, mode: str) -> np.ndarray:
+        """The indices of a masked mode that are stored for a site."""
+        key, block = self.of_site[site.key]
+        indices = block.kept[key][self.written.index(mode)] if block.kept is not None else None
+        assert indices is not None
+        return indices
 
 
 def _store(spec: Spec, factor: str, placed: list[tuple[Site, Layout]]) -> _Storage:
@@ -97,7 +121,7 @@ def _store(spec: Spec, factor: str, placed: list[tuple[Site, Layout]]) -> _Stora
     of_site = {
         site: (key, by_key[key] if spec.ragged == "slice" else blocks[sizes]) for site, (key, sizes) in sizes_of.items()
     }
-    return _Storage(site_modes, free, tuple(blocks.values()), of_site)
+    return _Storage(factor, site_modes, free, tuple(blocks.values()), of_site)
 
 
 def _written_modes(spec: Spec, factor: str) -> tuple[str, ...]:
@@ -154,65 +178,73 @@ def _kept(
     }
 
 
-def _group(spec: Spec, storages: dict[str, _Storage], members: list[tuple[Site, Layout]]) -> Group:
-    sites, modes = tuple(site for site, _ in members), members[0][1]
-    sides = {side: modes.atoms(side) for side in SIDES}
-    kept = _kept_atoms(spec, storages, sites[0], modes) if spec.masks else {}
-    sizes = {atom: len(kept[atom]) if atom in kept else size for atom, size in modes.sizes.items()}
-    terms = []
-    for product in spec.update.products:
-        operands = tuple(_operand(storages.get(f.factor), f.factor, sites, modes, kept) for f in product.factors)
-        carried = {mode for operand in operands for mode in operand.modes}
-        for side in SIDES:
-            missing = [atom for atom in sides[side] if atom not in carried]
-            if missing:
-                raise fail(f"no factor of this product carries `{missing[0]}`, the {side} of {sites[0]}", product.span)
-        terms.append(Term(product.sign, operands))
-    indices = {
-        side: _flat_indices([modes.sizes[a] for a in atoms], [kept.get(a) for a in atoms])
-        for side, atoms in sides.items()
-    }
-    return Group(
-        sites, sizes, sides["d_out"], sides["d_in"], modes.scale, tuple(terms), indices["d_out"], indices["d_in"]
-    )
+def _group(spec: Spec, storages: dict[str, _Storage], modes: Layout, sites: tuple[Site, ...]) -> Group:
+    terms = (_term(spec, p, [storages[f.factor] for f in p.factors], modes, sites) for p in spec.update.products)
+    return Group(sites, modes.scale, tuple(terms))
+
+
+def _term(spec: Spec, product: Product, storages: list[_Storage], modes: Layout, sites: tuple[Site, ...]) -> Term:
+    carried = {mode for storage in storages for mode in storage.written}
+    atoms = {mode: modes.atoms(mode, carried) for mode in (*carried, *SIDES)}
+    _check_atoms(product, storages, atoms, sites[0])
+    kept = _kept_atoms(spec, storages, sites[0], modes, atoms)
+    operands = tuple(_operand(storage, sites, modes, atoms, kept) for storage in storages)
+    rows, columns = (_flat_indices(atoms[side], modes.sizes, kept) for side in SIDES)
+    sizes = {atom: _left(atom, modes, kept) for each in atoms.values() for atom in each}
+    return Term(product.sign, operands, sizes, atoms["d_out"], atoms["d_in"], rows, columns)
+
+
+def _check_atoms(product: Product, storages: list[_Storage], atoms: dict[str, tuple[str, ...]], site: Site) -> None:
+    """Every factor carries an atom once, and both sides are carried whole."""
+    found: set[str] = set()
+    for reference, storage in zip(product.factors, storages, strict=True):
+        mine = [atom for mode in storage.written for atom in atoms[mode]]
+        found.update(mine)
+        twice = next((atom for atom in mine if mine.count(atom) > 1), None)
+        if twice:
+            raise fail(f"`{reference}` carries `{twice}` twice, once within another mode", reference.span)
+    for side in SIDES:
+        missing = next((atom for atom in atoms[side] if atom not in found), None)
+        if missing:
+            raise fail(f"no factor of this product carries `{missing}`, the {side} of {site}", product.span)
+
+
+def _left(atom: str, modes: Layout, kept: dict[str, np.ndarray]) -> int:
+    return len(kept[atom]) if atom in kept else modes.sizes[atom]
 
 
 def _operand(
-    storage: _Storage | None, name: str, sites: tuple[Site, ...], modes: Layout, kept: dict[str, np.ndarray]
+    storage: _Storage,
+    sites: tuple[Site, ...],
+    modes: Layout,
+    atoms: dict[str, tuple[str, ...]],
+    kept: dict[str, np.ndarray],
 ) -> Operand:
-    if storage is None:  # the base weight
-        atoms = (*modes.atoms("d_out"), *modes.atoms("d_in"))
-        sides = (modes.sizes["d_out"], modes.sizes["d_in"])
-        return Operand(
-            BASE_WEIGHT,
-            None,
-            atoms,
-            tuple(modes.sizes[a] for a in atoms),
-            sides,
-            SITE_MODES[:2],
-            tuple(s.key for s in sites),
-        )
-    atoms = tuple(atom for mode in storage.written for atom in modes.atoms(mode))
-    sizes = tuple(len(kept[atom]) if atom in kept else modes.sizes[atom] for atom in atoms)
-    keys, block = tuple(storage.key(site) for site in sites), storage.block(sites[0])
-    take = tuple(_positions(modes, mode, kept, block, keys[0], i) for i, mode in enumerate(storage.written))
-    written = tuple(modes.sizes[mode] for mode in storage.written)
-    return Operand(
-        name, block, atoms, sizes, written, storage.site_modes, keys, take if any(t is not None for t in take) else None
+    block, keys = storage.block(sites[0]), tuple(storage.key(site) for site in sites)
+    stored = block.kept[keys[0]] if block.kept is not None else (None,) * len(storage.written)
+    take = tuple(
+        _positions(_flat_indices(atoms[mode], modes.sizes, kept), modes.sizes[mode], some, axis.size)
+        for mode, axis, some in zip(storage.written, block.free_axes, stored, strict=True)
     )
+    mine = tuple(atom for mode in storage.written for atom in atoms[mode])
+    sizes = tuple(_left(atom, modes, kept) for atom in mine)
+    return Operand(storage.factor, block, mine, sizes, storage.site_modes, keys, take)
 
 
-def _kept_atoms(spec: Spec, storages: dict[str, _Storage], site: Site, modes: Layout) -> dict[str, np.ndarray]:
-    """What is left of each masked mode at a site: what every factor that masks it keeps."""
+def _kept_atoms(
+    spec: Spec, storages: list[_Storage], site: Site, modes: Layout, atoms: dict[str, tuple[str, ...]]
+) -> dict[str, np.ndarray]:
+    """What is left of each masked mode of a product at a site: what every factor that masks it keeps."""
     kept: dict[str, np.ndarray] = {}
+    by_name = {storage.factor: storage for storage in storages}
     for rule in spec.masks:
-        if modes.atoms(rule.mode) != (rule.mode,):
-            parts = " * ".join(modes.atoms(rule.mode))
-            raise fail(f"mode `{rule.mode}` is split into {parts} here; mask one of its parts instead", rule.span)
-        storage = storages[rule.factor]
-        block, key = storage.block(site), storage.key(site)
-        indices = block.kept[key][storage.written.index(rule.mode)] if block.kept else None
-        assert indices is not None
+        if rule.factor not in by_name:
+            continue
+        if atoms[rule.mode] != (rule.mode,):
+            message = f"`{rule.mode}` cannot be masked: another factor of the product carries a part of it"
+            raise fail(f"{message}; mask one of {listing(atoms[rule.mode])} there instead", rule.span)
+        storage = by_name[rule.factor]
+        indices = storage.kept(site, rule.mode)
         indices = indices[indices < modes.sizes[rule.mode]]
         kept[rule.mode] = np.intersect1d(kept[rule.mode], indices) if rule.mode in kept else indices
         if not len(kept[rule.mode]):
@@ -220,21 +252,18 @@ def _kept_atoms(spec: Spec, storages: dict[str, _Storage], site: Site, modes: La
     return kept
 
 
-def _positions(
-    modes: Layout, mode: str, kept: dict[str, np.ndarray], block: Block, key: Key, axis: int
-) -> np.ndarray | None:
-    """Where, on its axis of what a key stores, an operand finds the kept indices; None: there is nothing to choose."""
-    stored = block.kept[key][axis] if block.kept else None
-    if mode not in kept:
-        return None
+def _positions(used: np.ndarray | None, size: int, stored: np.ndarray | None, axis_size: int) -> Sequence[int] | None:
+    """Which positions of an axis a product uses, of those that are stored; None: all of them."""
+    if used is None:
+        return None if size == axis_size else range(size)
     if stored is None:
-        return kept[mode]
-    return None if len(stored) == len(kept[mode]) else np.searchsorted(stored, kept[mode])
+        return tuple(used.tolist())
+    return None if len(used) == len(stored) else tuple(np.searchsorted(stored, used).tolist())
 
 
-def _flat_indices(sizes: list[int], kept: list[np.ndarray | None]) -> np.ndarray | None:
-    """The kept indices of a side from those of its atoms; None: all of them."""
-    if all(some is None for some in kept):
+def _flat_indices(atoms: tuple[str, ...], sizes: dict[str, int], kept: dict[str, np.ndarray]) -> np.ndarray | None:
+    """The kept indices of a mode from those of its atoms, the first the slowest; None: all of them."""
+    if not kept.keys() & {*atoms}:
         return None
-    grids = np.ix_(*(np.arange(size) if some is None else some for size, some in zip(sizes, kept, strict=True)))
-    return np.ravel_multi_index(np.broadcast_arrays(*grids), sizes).ravel()
+    grids = np.ix_(*(kept[atom] if atom in kept else np.arange(sizes[atom]) for atom in atoms))
+    return np.ravel_multi_index(np.broadcast_arrays(*grids), [sizes[atom] for atom in atoms]).ravel()

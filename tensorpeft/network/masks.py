@@ -8,6 +8,7 @@ from tensorpeft.language.errors import fail
 from tensorpeft.language.spec import MaskRule
 from tensorpeft.network import random
 from tensorpeft.network.network import Key
+from tensorpeft.network.shapes import is_named
 
 
 def kept_indices(rule: MaskRule, key: Key, size: int, seed: int) -> np.ndarray:
@@ -30,6 +31,6 @@ def kept_indices(rule: MaskRule, key: Key, size: int, seed: int) -> np.ndarray:
 
 def _value(rule: MaskRule, key: Key) -> float:
     for name, value in rule.rule.options:
-        if name in key:
+        if any(isinstance(label, str) and is_named(label, name) for label in key):
             return float(value.evaluate({}))
     return float(rule.rule.args[0].evaluate({}))

@@ -2,14 +2,16 @@
 
     Network
     ├── blocks    the tensors that are stored: one per factor, and per size where a mode is ragged
-    └── groups    the sites that share one shape: how the blocks combine into dW there
+    └── groups    the sites that share one shape
+        └── terms     the products that add up to dW there
 
-A factor's *written* modes are those of the spec; its *atoms* are what they come down to at a site, once defined modes and
-sides are replaced by their parts. Contractions speak of atoms, storage speaks of written modes.
+A factor's *written* modes are those of the spec; its *atoms* are what they come down to in a product: a mode is replaced by
+its parts where another factor carries one of these. Contractions speak of atoms, storage speaks of written modes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -88,56 +90,45 @@ class Block:
 
 @dataclass(frozen=True)
 class Operand:
-    """A factor as one group of sites sees it.
+    """A factor as one product sees it, at one group of sites.
 
-    ``modes`` are its atoms, ``sizes`` their sizes at these sites; ``site_modes`` are the site modes it carries; ``keys``
-    gives, site by site, the key of the block to use. The base weight has no block.
+    ``modes`` are its atoms and ``sizes`` what masks leave of them; ``site_modes`` are the site modes it carries; ``keys`` gives,
+    site by site, the key of the block to use. ``take`` says, for each free axis of what a key holds, which positions are used:
+    None for all of them, a range for a leading slice.
     """
 
     factor: str
-    block: Block | None
+    block: Block
     modes: tuple[str, ...]
     sizes: tuple[int, ...]
-    written_sizes: tuple[int, ...]  # of the free written modes: a view or a leading slice of the block's free axes
     site_modes: tuple[str, ...]
     keys: tuple[Key, ...]
-    take: tuple[np.ndarray | None, ...] | None = field(
-        default=None, hash=False, compare=False
-    )  # positions on the free axes
-
-    @property
-    def sliced(self) -> bool:
-        """Whether these sites use a leading slice of the block only."""
-        return (
-            self.block is not None
-            and self.block.kept is None
-            and (self.written_sizes != tuple(axis.size for axis in self.block.free_axes))
-        )
+    take: tuple[Sequence[int] | None, ...]
 
 
 @dataclass(frozen=True)
 class Term:
-    """One product of the update, at the sites of a group."""
+    """One product of the update, at a group of sites: of these rows and columns of dW, the only ones where it is not zero."""
 
     sign: int
     operands: tuple[Operand, ...]
+    sizes: dict[str, int] = field(hash=False)  # atom -> what masks leave of it
+    d_out: tuple[str, ...]  # atoms of the output side, the first the slowest
+    d_in: tuple[str, ...]
+    rows: np.ndarray | None = field(default=None, hash=False, compare=False)  # ascending; None: all of them
+    columns: np.ndarray | None = field(default=None, hash=False, compare=False)
+
+    def size(self, modes: Iterable[str]) -> int:
+        return prod(self.sizes[mode] for mode in modes)
 
 
 @dataclass(frozen=True)
 class Group:
-    """Sites of one shape. ``kept_out`` and ``kept_in`` are the rows and columns of dW that exist, where masks drop some."""
+    """Sites of one shape, at which the same blocks combine in the same way."""
 
     sites: tuple[Site, ...]
-    sizes: dict[str, int] = field(hash=False)  # atom -> size, the sides' atoms after masking
-    d_out: tuple[str, ...]  # atoms of the output side, the first the slowest
-    d_in: tuple[str, ...]
     scale: float
     terms: tuple[Term, ...]
-    kept_out: np.ndarray | None = field(default=None, hash=False, compare=False)
-    kept_in: np.ndarray | None = field(default=None, hash=False, compare=False)
-
-    def size(self, modes: tuple[str, ...]) -> int:
-        return prod(self.sizes[mode] for mode in modes)
 
 
 @dataclass(frozen=True)
@@ -160,6 +151,8 @@ class Network:
             kind = "trained" if block.trainable else "seeded" if block.seeded else "frozen, stored"
             lines.append(f"  {block.name}[{axes}] {block.rule.init}, {kind}, {block.count:,}")
         for group in self.groups:
-            sides = ", ".join(f"{mode}={group.sizes[mode]}" for mode in (*group.d_out, *group.d_in))
-            lines.append(f"  {len(group.sites)} sites: {sides}; first {group.sites[0]}")
+            lines.append(f"  {len(group.sites)} sites like {group.sites[0]}")
+            for term in group.terms:
+                sides = ", ".join(f"{mode}={term.sizes[mode]}" for mode in (*term.d_out, *term.d_in))
+                lines.append(f"    {' * '.join(operand.factor for operand in term.operands)}: {sides}")
         return "\n".join(lines)

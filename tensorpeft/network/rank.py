@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import log, prod
+from math import log
 
 import networkx as nx
 
@@ -17,11 +17,11 @@ def lora_rank(network: Network) -> int:
 
 def rank_bound(group: Group) -> int:
     """An upper bound of the rank of dW at the sites of a group: over its products, the sum of their minimum cuts."""
-    bound = sum(prod(group.sizes[mode] for mode in minimum_cut(group, term)) for term in group.terms)
-    return min(bound, group.size(group.d_out), group.size(group.d_in))
+    bound = sum(term.size(minimum_cut(term)) for term in group.terms)
+    return min(bound, group.sites[0].d_out, group.sites[0].d_in)
 
 
-def minimum_cut(group: Group, term: Term) -> tuple[str, ...]:
+def minimum_cut(term: Term) -> tuple[str, ...]:
     """The modes of least total size whose removal parts the output side of a product from its input side.
 
     Factors and modes are the two kinds of nodes of one graph. Cutting a mode costs the logarithm of its size, however many
@@ -30,14 +30,14 @@ def minimum_cut(group: Group, term: Term) -> tuple[str, ...]:
     graph = nx.DiGraph()
     modes = {mode for operand in term.operands for mode in operand.modes} - {*SITE_MODES, "task"}
     for mode in modes:
-        graph.add_edge(("in", mode), ("out", mode), capacity=log(group.sizes[mode]))
+        graph.add_edge(("in", mode), ("out", mode), capacity=log(term.sizes[mode]))
     for number, operand in enumerate(term.operands):
         for mode in modes.intersection(operand.modes):
             graph.add_edge(("out", mode), number)
             graph.add_edge(number, ("in", mode))
-    for mode in group.d_in:
+    for mode in term.d_in:
         graph.add_edge("input", ("in", mode))
-    for mode in group.d_out:
+    for mode in term.d_out:
         graph.add_edge(("out", mode), "output")
     reachable = nx.minimum_cut(graph, "input", "output")[1][0]
     return tuple(sorted(m for m in modes if ("in", m) in reachable and ("out", m) not in reachable))

@@ -28,6 +28,11 @@ class Linear:
     d_in: int
 
 
+def is_named(matrix: str, name: str) -> bool:
+    """Whether a name is that of a matrix or its dotted ending: ``query`` of ``decoder.cross.query``."""
+    return f".{matrix}".endswith(f".{name}")
+
+
 @dataclass(frozen=True, slots=True)
 class Site:
     """A place where an update can land: a linear module, or a part of a fused one."""
@@ -47,8 +52,8 @@ class Site:
         return self.matrix, self.layer
 
     def is_named(self, name: str) -> bool:
-        """Whether a name is that of this site's matrix or its dotted ending: ``query`` of ``decoder.cross.query``."""
-        return f".{self.matrix}".endswith(f".{name}")
+        """Whether a name is that of this site's matrix or its dotted ending."""
+        return is_named(self.matrix, name)
 
     @property
     def module_d_out(self) -> int:

@@ -1,27 +1,28 @@
 """Network -> Plan: in which order to contract.
 
-The update of an activation x is a **chain**: x meets one tensor after the other. Each such tensor is a **link**: a factor as it
-is, or a product of factors that is contracted beforehand, in the **prologue**, for all sites of a group at once. LoRA is a chain of two
-raw links; LoRTA's second link is the product of four factors; a chain of one link is dW itself.
+The update of an activation x is a **chain**: x meets one tensor after the other. Each such tensor is a **link**: a factor as
+it is, or a product of factors that is contracted beforehand, in the **prologue**, for all sites of a group at once. LoRA is a
+chain of two raw links; LoRTA's second link is the product of four factors; a chain of one link is dW itself.
 
 This is the only module that asks opt_einsum for a path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
 import networkx as nx
 import opt_einsum
 
-from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES
+from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.network import Group, Network, Operand, Term
 from tensorpeft.network.rank import minimum_cut
 from tensorpeft.planning.regime import Regime
 
 TOKEN = "token"
+Path = tuple[tuple[int, ...], ...]  # as opt_einsum writes paths: at each step, the positions of what is contracted
 _EXACT = 7  # operands up to which the optimal path is searched exhaustively
 
 
@@ -29,13 +30,12 @@ _EXACT = 7  # operands up to which the optimal path is searched exhaustively
 class Link:
     """One tensor that the activation meets.
 
-    ``operands`` are positions in the term; ``path`` contracts them pair by pair, as opt_einsum writes paths. ``modes`` are the
-    tensor's modes: ``batch`` (kept, shared with the activation), ``contracted``, then ``new`` ones. ``before`` and
-    ``after`` are the activation's modes.
+    ``operands`` are positions in the term; ``path`` contracts them pair by pair. ``modes`` are the tensor's modes: ``batch``
+    (kept, shared with the activation), ``contracted``, then ``new`` ones. ``before`` and ``after`` are the activation's modes.
     """
 
     operands: tuple[int, ...]
-    path: tuple[tuple[int, ...], ...]
+    path: Path
     batch: tuple[str, ...]
     contracted: tuple[str, ...]
     new: tuple[str, ...]
@@ -103,7 +103,7 @@ class Plan:
             for chain, term in zip(plan.chains, plan.group.terms, strict=True):
                 for link in chain.links:
                     tensor = " ".join(term.operands[i].factor for i in link.operands)
-                    shape = ", ".join(f"{mode}={plan.group.sizes[mode]}" for mode in link.modes)
+                    shape = ", ".join(f"{mode}={term.sizes[mode]}" for mode in link.modes)
                     lines.append(
                         f"    {' '.join(link.before)} -> {' '.join(link.after)}  by {tensor} ({shape}): {link.flops:,}"
                     )
@@ -129,10 +129,10 @@ def _cheapest(group: Group, term: Term, regime: Regime) -> Chain:
         flops = sum(
             _passes(term, link, regime) * (link.flops * len(group.sites) + link.prologue_flops) for link in chain.links
         )
-        built = sum(group.size(link.modes) for link in chain.links if len(link.operands) > 1)
+        built = sum(term.size(link.modes) for link in chain.links if len(link.operands) > 1)
         return flops, built  # between equals, the one that stores less
 
-    orders = dict.fromkeys(_orders(group, term, regime))
+    orders = dict.fromkeys(_orders(term, regime))
     return min((_chain(group, term, order, regime.tokens) for order in orders), key=cost)
 
 
@@ -140,30 +140,26 @@ def _passes(term: Term, link: Link, regime: Regime) -> int:
     """How often a link's work is done: forward, for the activation's gradient, and for the factors' own."""
     if not regime.gradients:
         return 1
-    return 2 + any(_trainable(term.operands[i]) for i in link.operands)
+    return 2 + any(term.operands[i].block.trainable for i in link.operands)
 
 
-def _trainable(operand: Operand) -> bool:
-    return operand.block is not None and operand.block.trainable
-
-
-def _orders(group: Group, term: Term, regime: Regime) -> Iterator[tuple[tuple[int, ...], ...]]:
+def _orders(term: Term, regime: Regime) -> Iterator[tuple[tuple[int, ...], ...]]:
     """Candidate chains: which operands form each link, in the order of the links."""
     everything = tuple(range(len(term.operands)))
     yield (everything,)
-    yield from _split_at_minimum_cut(group, term)
+    yield from _split_at_minimum_cut(term)
     for tokens in dict.fromkeys((regime.tokens, 1, 1 << 30)):
-        yield _lineage(_path(_activation(group, term), group, term, tokens), len(everything))
+        yield _lineage(_path(term, tokens), len(everything))
 
 
-def _split_at_minimum_cut(group: Group, term: Term) -> Iterator[tuple[tuple[int, ...], ...]]:
+def _split_at_minimum_cut(term: Term) -> Iterator[tuple[tuple[int, ...], ...]]:
     """The pair (L, R) of the normal form: the factors on the input's side of the minimum cut, and the others."""
-    cut = {*minimum_cut(group, term), *SITE_MODES, "task"}
+    cut = {*minimum_cut(term), *SITE_MODES, "task"}
     graph = nx.Graph()
     graph.add_nodes_from(range(len(term.operands)))
     for i, operand in enumerate(term.operands):
         graph.add_edges_from((i, mode) for mode in operand.modes if mode not in cut)
-    graph.add_edges_from(("input", mode) for mode in group.d_in if mode not in cut)
+    graph.add_edges_from(("input", mode) for mode in term.d_in if mode not in cut)
     graph.add_node("input")
     reached = nx.node_connected_component(graph, "input")
     left = tuple(i for i in range(len(term.operands)) if i in reached)
@@ -172,28 +168,31 @@ def _split_at_minimum_cut(group: Group, term: Term) -> Iterator[tuple[tuple[int,
         yield left, right
 
 
-def _activation(group: Group, term: Term) -> tuple[str, ...]:
+def _activation(term: Term) -> tuple[str, ...]:
     tasks = ("task",) if any("task" in operand.modes for operand in term.operands) else ()
-    return (*tasks, TOKEN, *group.d_in)
+    return (*tasks, TOKEN, *term.d_in)
 
 
-def _path(x: tuple[str, ...], group: Group, term: Term, tokens: int) -> list[tuple[int, ...]]:
-    """opt_einsum's path for the activation (operand 0) and the factors at one site."""
-    letters = _Letters()
-    output = (*(mode for mode in x if mode not in group.d_in), *group.d_out)
-    inputs = [x, *(operand.modes for operand in term.operands)]
-    equation = f"{','.join(map(letters, inputs))}->{letters(output)}"
-    sizes = {**group.sizes, TOKEN: tokens, "task": 1}
-    return _contract_path(equation, [tuple(sizes[mode] for mode in modes) for modes in inputs])
+def _path(term: Term, tokens: int) -> Path:
+    """The path for the activation (operand 0) and the factors at one site."""
+    x = _activation(term)
+    output = (*(mode for mode in x if mode not in term.d_in), *term.d_out)
+    sizes = {**term.sizes, TOKEN: tokens, "task": 1}
+    return _contract([x, *(operand.modes for operand in term.operands)], output, sizes)[0]
 
 
-def _contract_path(equation: str, shapes: list[tuple[int, ...]]) -> list[tuple[int, ...]]:
+def _contract(inputs: list[tuple[str, ...]], output: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[Path, int]:
+    """opt_einsum's path through tensors of these modes, pair by pair, and its FLOPs."""
+    known = dict.fromkeys(mode for each in inputs for mode in each)
+    letter = {mode: opt_einsum.get_symbol(number) for number, mode in enumerate(known)}
+    left, right = (["".join(letter[mode] for mode in each) for each in group] for group in (inputs, [output]))
+    shapes = [tuple(sizes[mode] for mode in each) for each in inputs]
     optimizer = "optimal" if len(shapes) <= _EXACT else "auto-hq"
-    path, _ = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimizer)
-    return [tuple(step) for step in path]
+    path, info = opt_einsum.contract_path(f"{','.join(left)}->{right[0]}", *shapes, shapes=True, optimize=optimizer)
+    return tuple(tuple(step) for step in path), int(info.opt_cost)
 
 
-def _lineage(path: list[tuple[int, ...]], n_factors: int) -> tuple[tuple[int, ...], ...]:
+def _lineage(path: Path, n_factors: int) -> tuple[tuple[int, ...], ...]:
     """The operands that the activation meets, in order, along a path whose operand 0 is the activation."""
     live: list[tuple[int, ...]] = [(-1,), *((i,) for i in range(n_factors))]
     met: list[tuple[int, ...]] = []
@@ -209,7 +208,7 @@ def _lineage(path: list[tuple[int, ...]], n_factors: int) -> tuple[tuple[int, ..
 
 
 def _chain(group: Group, term: Term, order: tuple[tuple[int, ...], ...], tokens: int) -> Chain:
-    before = _activation(group, term)
+    before = _activation(term)
     links = []
     for position, operands in enumerate(order):
         later = {mode for rest in order[position + 1 :] for i in rest for mode in term.operands[i].modes}
@@ -228,19 +227,19 @@ def _link(
     last: bool,
     tokens: int,
 ) -> Link:
-    needed = later | {*group.d_out, *before[: before.index(TOKEN) + 1]}
+    needed = later | {*term.d_out, *before[: before.index(TOKEN) + 1]}
     own = dict.fromkeys(mode for i in operands for mode in term.operands[i].modes)
     batch = tuple(mode for mode in before if mode in own and mode in needed)
     contracted = tuple(mode for mode in before if mode in own and mode not in needed)
     new = tuple(mode for mode in own if mode not in before and mode in needed)
     after = (*(mode for mode in before if mode not in contracted), *new)
     if last:
-        after = (*before[: before.index(TOKEN) + 1], *group.d_out)
-        new = tuple(mode for mode in group.d_out if mode in new)
+        after = (*before[: before.index(TOKEN) + 1], *term.d_out)
+        new = tuple(mode for mode in term.d_out if mode in new)
     carried = {mode for i in operands for mode in term.operands[i].site_modes}
     site_modes = site_axes(group, carried)
     path, prologue = _prologue(group, term, operands, (*site_modes, *batch, *contracted, *new))
-    sizes = {**group.sizes, TOKEN: tokens, "task": 1}
+    sizes = {**term.sizes, TOKEN: tokens, "task": 1}
     flops = prod(sizes[mode] for mode in {*before, *batch, *new}) * (2 if contracted else 1)
     return Link(operands, path, batch, contracted, new, site_modes, before, after, flops, prologue)
 
@@ -260,36 +259,14 @@ def site_sizes(group: Group) -> dict[str, int]:
     return {**sizes, "site": len(group.sites)}
 
 
-def _prologue(
-    group: Group, term: Term, operands: tuple[int, ...], modes: tuple[str, ...]
-) -> tuple[tuple[tuple[int, ...], ...], int]:
+def _prologue(group: Group, term: Term, operands: tuple[int, ...], modes: tuple[str, ...]) -> tuple[Path, int]:
     """The path that builds a link's tensor for all sites at once, and its FLOPs."""
     if len(operands) == 1:
         return (), 0
-    letters, sizes = _Letters(), {**group.sizes, **site_sizes(group)}
     inputs = [operand_modes(group, term.operands[i]) for i in operands]
-    equation = f"{','.join(map(letters, inputs))}->{letters(modes)}"
-    shapes = [tuple(sizes[mode] for mode in each) for each in inputs]
-    optimizer = "optimal" if len(shapes) <= _EXACT else "auto-hq"
-    path, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimizer)
-    times = (
-        len(group.sites) if any(term.operands[i].factor == BASE_WEIGHT for i in operands) and "site" not in modes else 1
-    )
-    return tuple(tuple(step) for step in path), int(info.opt_cost) * (
-        times if not modes or modes[0] not in (*SITE_MODES, "site") else 1
-    )
+    return _contract(inputs, modes, {**term.sizes, **site_sizes(group)})
 
 
 def operand_modes(group: Group, operand: Operand) -> tuple[str, ...]:
     """The modes of an operand when its group's sites are stacked: site axes first."""
     return (*site_axes(group, {*operand.site_modes}), *operand.modes)
-
-
-class _Letters:
-    """One character for each mode, as einsum wants them."""
-
-    def __init__(self) -> None:
-        self.known: dict[str, str] = {}
-
-    def __call__(self, modes: tuple[str, ...]) -> str:
-        return "".join(self.known.setdefault(mode, opt_einsum.get_symbol(len(self.known))) for mode in modes)

@@ -1,22 +1,27 @@
 """Plan -> torch code, through torch.fx.
 
-Two kinds of functions are emitted. The **prologue** takes the stored blocks and returns *stacks*: for each link its tensor at every
-site, stacked over the first axis. A **site program** takes an activation, the base's output and the tensors of one site, and returns
-the output with the update added.
+Two kinds of functions are emitted. The **prologue** takes the stored blocks and returns *stacks*: for each link its tensor at
+every site, stacked over the first axis. A **site program** takes an activation, the base's output and the tensors of one site,
+and returns the output with the update added.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import Argument
 
-from tensorpeft.network.network import Group, Key, Operand, Term
+from tensorpeft.language.spec import SITE_MODES
+from tensorpeft.network.network import Block, Group, Key, Operand, Term
 from tensorpeft.network.shapes import Rows, Site
 from tensorpeft.planning.plan import TOKEN, GroupPlan, Link, Plan, operand_modes
 from tensorpeft.runtime import ops
+
+_KEY_ORDER = (*SITE_MODES, "site")
 
 
 @dataclass(frozen=True)
@@ -73,9 +78,12 @@ def emit(plan: Plan) -> Emitted:
 
 
 def _indices(group: Group, site: Site) -> tuple[Tensor, ...]:
-    """The kept columns of the input, and the kept rows among the module's outputs."""
-    rows = None if group.kept_out is None else site.row_indices()[group.kept_out]
-    return tuple(torch.from_numpy(index) for index in (group.kept_in, rows) if index is not None)
+    """For each product, the kept columns of the input and the kept rows among the module's outputs, if masks drop some."""
+    found = []
+    for term in group.terms:
+        rows = None if term.rows is None else site.row_indices()[term.rows]
+        found += [torch.from_numpy(index) for index in (term.columns, rows) if index is not None]
+    return tuple(found)
 
 
 class _Prologue:
@@ -85,7 +93,7 @@ class _Prologue:
         self.graph = fx.Graph()
         self.dtype = self.graph.placeholder("dtype")
         self.inputs = {b.name: self.graph.placeholder(_identifier(b.name)) for b in plan.network.blocks}
-        self.known: dict[tuple, tuple[int, dict]] = {}
+        self.known: dict[tuple[object, ...], tuple[int, dict[Key, int]]] = {}
         self.cast: dict[str, fx.Node] = {}
         self.stacks: list[fx.Node] = []
 
@@ -96,35 +104,22 @@ class _Prologue:
     def stack(self, group: Group, term: Term, link: Link) -> tuple[int, tuple[int, ...]]:
         """The number of a link's stack, and for every site of its group the row in it."""
         operands = [term.operands[i] for i in link.operands]
-        if len(operands) > 1 or operands[0].block is None:
-            return self._computed(group, operands, link)
+        if len(operands) > 1:
+            return self._computed(group, term, operands, link)
         operand = operands[0]
-        assert operand.block is not None
-        what = (
-            operand.block.name,
-            operand.written_sizes,
-            operand.modes,
-            operand.sizes,
-            link.modes,
-            operand.take and group.sites,
-        )
-        packed = operand.keys[0] if operand.block.kept is not None or operand.take is not None else None
-        if (what, packed) not in self.known:
-            self.known[what, packed] = self._raw(group, operand, link, packed)
-        number, rows = self.known[what, packed]
+        what = (operand.block.name, operand.modes, operand.sizes, operand.take, _only_key(operand), link.modes)
+        if what not in self.known:
+            self.known[what] = self._raw(operand, link)
+        number, rows = self.known[what]
         return number, tuple(rows[key] for key in operand.keys)
 
-    def _raw(self, group: Group, operand: Operand, link: Link, packed: Key | None) -> tuple[int, dict[Key, int]]:
+    def _raw(self, operand: Operand, link: Link) -> tuple[int, dict[Key, int]]:
         """A factor as it is, cast once for all of its uses."""
-        block = operand.block
-        assert block is not None
-        if block.name not in self.cast:
-            self.cast[block.name] = self._call("to", self.inputs[block.name], self.dtype)
-        if packed is not None:
-            node = self._call("unsqueeze", self._at_key(self.cast[block.name], operand, packed), 0)
-            return self._append(node, operand, link), {packed: 0}
-        rows = {key: row for row, key in enumerate(block.keys)}
-        return self._append(self._stacked(self.cast[block.name], operand), operand, link), rows
+        name = operand.block.name
+        if name not in self.cast:
+            self.cast[name] = self._call("to", self.inputs[name], self.dtype)
+        node, keys = self._by_key(self.cast[name], operand)
+        return self._append(node, operand, link), {key: row for row, key in enumerate(keys)}
 
     def _append(self, node: fx.Node, operand: Operand, link: Link) -> int:
         """Lay a stack (n, *modes of the operand) out as its link wants it."""
@@ -141,56 +136,49 @@ class _Prologue:
         shape = (*batch, prod(sizes[m] for m in link.contracted), prod(sizes[m] for m in link.new))
         return node if len(link.contracted) == len(link.new) == 1 else self._call("reshape", node, (-1, *shape))
 
-    def _stacked(self, node: fx.Node, operand: Operand) -> fx.Node:
-        """A whole block as (keys, *modes of the operand)."""
-        block = operand.block
-        assert block is not None
-        site_axes = [i for i, axis in enumerate(block.axes) if axis.labels is not None]
-        if "site" not in {axis.mode for axis in block.axes}:  # keys are in the order matrix, layer, expert
-            site_axes.sort(key=lambda i: operand.site_modes.index(block.axes[i].mode))
-        order = (*site_axes, *(i for i in range(len(block.axes)) if i not in site_axes))
+    def _by_key(self, node: fx.Node, operand: Operand) -> tuple[fx.Node, tuple[Key, ...]]:
+        """What the keys of a block hold, as (keys, *modes of the operand); and which keys these are."""
+        block, only = operand.block, _only_key(operand)
+        if only is None:
+            node, keys = self._stacked(node, block), block.keys
+        else:
+            node, keys = self._call("unsqueeze", self._at_key(node, block, only), 0), (only,)
+        for axis, positions in enumerate(operand.take, start=1):
+            if isinstance(positions, range):
+                node = self._call("narrow", node, axis, 0, len(positions))
+            elif positions is not None:
+                node = self.graph.call_function(ops.select, (node, axis, positions))
+        if len(operand.modes) != len(block.free_axes):
+            node = self._call("reshape", node, (-1, *operand.sizes))
+        return node, keys
+
+    def _stacked(self, node: fx.Node, block: Block) -> fx.Node:
+        """A whole block as (keys, *free axes)."""
+        bound = [i for i, axis in enumerate(block.axes) if axis.labels is not None]
+        bound.sort(key=lambda i: _KEY_ORDER.index(block.axes[i].mode))
+        order = (*bound, *(i for i in range(len(block.axes)) if i not in bound))
         if order != tuple(range(len(order))):
             node = self._call("permute", node, order)
-        if len(site_axes) > 1:
-            node = self._call("flatten", node, 0, len(site_axes) - 1)
-        elif not site_axes:
-            node = self._call("unsqueeze", node, 0)
-        return self._as_modes(node, operand, leading=1)
+        if len(bound) > 1:
+            return self._call("flatten", node, 0, len(bound) - 1)
+        return node if bound else self._call("unsqueeze", node, 0)
 
-    def _as_modes(self, node: fx.Node, operand: Operand, leading: int) -> fx.Node:
-        """Cut the leading slice that these sites use, and split written modes into atoms."""
-        block = operand.block
-        assert block is not None
-        if operand.sliced:
-            for i, (size, axis) in enumerate(zip(operand.written_sizes, block.free_axes, strict=True)):
-                if size != axis.size:
-                    node = self._call("narrow", node, leading + i, 0, size)
-        if len(operand.modes) != len(block.free_axes):
-            node = self._call("reshape", node, ((-1,) if leading else ()) + operand.sizes)
+    def _at_key(self, node: fx.Node, block: Block, key: Key) -> fx.Node:
+        """What one key holds, over the free axes."""
+        if block.kept is not None:
+            position = block.keys.index(key)
+            start, length = sum(block.key_sizes[:position]), block.key_sizes[position]
+            return self._call("view", self._call("narrow", node, 0, start, length), block.key_shape(key))
+        bound = [i for i, axis in enumerate(block.axes) if axis.labels is not None]
+        modes = sorted((block.axes[i].mode for i in bound), key=_KEY_ORDER.index)
+        for i in reversed(bound):
+            axis = block.axes[i]
+            assert axis.labels is not None
+            label = key if axis.mode == "site" else key[modes.index(axis.mode)]
+            node = self._call("select", node, i, axis.labels.index(label))
         return node
 
-    def _at_key(self, node: fx.Node, operand: Operand, key: Key) -> fx.Node:
-        """What one key holds, as the modes of the operand."""
-        block = operand.block
-        assert block is not None
-        position = block.keys.index(key)
-        flat = self._call("flatten", node) if block.kept is not None else None
-        if flat is not None:
-            start = sum(block.key_sizes[:position])
-            node = self._call(
-                "view", self._call("narrow", flat, 0, start, block.key_sizes[position]), block.key_shape(key)
-            )
-        else:
-            site_axes = [i for i, axis in enumerate(block.axes) if axis.labels is not None]
-            for axis in reversed(site_axes):
-                label = key if block.axes[axis].mode == "site" else key[operand.site_modes.index(block.axes[axis].mode)]
-                node = self._call("select", node, axis, block.axes[axis].labels.index(label))
-        for axis, positions in enumerate(operand.take or ()):
-            if positions is not None:
-                node = self.graph.call_function(ops.select, (node, axis, tuple(map(int, positions))))
-        return self._as_modes(node, operand, leading=0)
-
-    def _computed(self, group: Group, operands: list[Operand], link: Link) -> tuple[int, tuple[int, ...]]:
+    def _computed(self, group: Group, term: Term, operands: list[Operand], link: Link) -> tuple[int, tuple[int, ...]]:
         """A product of factors for all sites of a group, contracted in the factors' own dtype and cast once."""
         live = [(self._gathered(group, operand), operand_modes(group, operand)) for operand in operands]
         goal = (*link.site_modes, *link.modes)
@@ -205,26 +193,18 @@ class _Prologue:
             node = self._call("unsqueeze", node, 0)
         elif n_site > 1:
             node = self._call("flatten", node, 0, n_site - 1)
-        self.stacks.append(self._call("to", self._laid_out(node, link, group.sizes), self.dtype))
+        self.stacks.append(self._call("to", self._laid_out(node, link, term.sizes), self.dtype))
         return len(self.stacks) - 1, _rows(group, link.site_modes)
 
     def _gathered(self, group: Group, operand: Operand) -> fx.Node:
         """An operand with the group's site axes first."""
-        block = operand.block
-        assert block is not None
-        node = self.inputs[block.name]
+        node, keys = self._by_key(self.inputs[operand.block.name], operand)
         axes = operand_modes(group, operand)[: -len(operand.modes) or None]
-        if block.kept is not None or operand.take is not None:
-            node = self._at_key(node, operand, operand.keys[0])
-            for _ in axes:
-                node = self._call("unsqueeze", node, 0)
-            return node
-        node = self._stacked(node, operand)
         if not axes:
             return self._call("squeeze", node, 0)
-        rows = _group_rows(group, axes)
-        wanted = tuple(block.keys.index(operand.keys[sites[0]]) for sites in rows)
-        if wanted != tuple(range(len(block.keys))):
+        row = {key: number for number, key in enumerate(keys)}
+        wanted = tuple(row[operand.keys[sites[0]]] for sites in _group_rows(group, axes))
+        if wanted != tuple(range(len(keys))):
             node = self.graph.call_function(ops.select, (node, 0, wanted))
         if len(axes) > 1:
             node = self._call("unflatten", node, 0, tuple(len(_labels(group, mode)) for mode in axes))
@@ -234,8 +214,14 @@ class _Prologue:
         equation = _equation([ms for _, ms in operands], modes)
         return self.graph.call_function(torch.einsum, (equation, *(node for node, _ in operands)))
 
-    def _call(self, method: str, node: fx.Node, *args: object) -> fx.Node:
+    def _call(self, method: str, node: fx.Node, *args: Argument) -> fx.Node:
         return self.graph.call_method(method, (node, *args))
+
+
+def _only_key(operand: Operand) -> Key | None:
+    """The key to read by itself: of a packed factor, or of one that is cut for this key alone."""
+    alone = operand.block.kept is not None or any(take is not None for take in operand.take)
+    return operand.keys[0] if alone and len({*operand.keys}) == 1 else None
 
 
 def is_matmul(link: Link) -> bool:
@@ -248,41 +234,47 @@ def _site_program(plan: GroupPlan, rows: Rows | None) -> fx.GraphModule:
     graph, group = fx.Graph(), plan.group
     x, y = graph.placeholder("x"), graph.placeholder("y")
     ids = graph.placeholder("ids") if _by_task(plan) else None
-    columns = graph.placeholder("columns") if group.kept_in is not None else None
-    kept = graph.placeholder("rows") if group.kept_out is not None else None
-    if columns is not None:
-        x = graph.call_method("index_select", (x, -1, columns))
+    kept = iter(_index_placeholders(graph, group))
     number = 0
-    for chain in plan.chains:
+    for chain, term in zip(plan.chains, group.terms, strict=True):
         h, alpha = x, chain.sign * group.scale
+        if term.columns is not None:
+            h = graph.call_method("index_select", (x, -1, next(kept)))
+        out = None if term.rows is None else next(kept)
         for link in chain.links:
             piece = graph.placeholder(f"p{number}")
             number += 1
             if "task" in link.batch:
                 piece = graph.call_method("index_select", (piece, 0, ids))
             last = link is chain.links[-1]
-            if last and is_matmul(link) and not link.batch and kept is None and rows is None:
+            if last and is_matmul(link) and not link.batch and out is None and rows is None:
                 y = graph.call_function(ops.add_matmul, (y, h, piece, alpha))
                 break
-            h = _step(graph, group, link, h, piece)
+            h = _step(graph, term, link, h, piece)
         else:
-            y = _added(graph, y, h, alpha, kept, rows)
+            y = _added(graph, y, h, alpha, out, rows)
     graph.output(y)
     _placeholders_first(graph)
     return fx.GraphModule({}, graph, "SiteProgram")
 
 
-def _step(graph: fx.Graph, group: Group, link: Link, h: fx.Node, piece: fx.Node) -> fx.Node:
+def _index_placeholders(graph: fx.Graph, group: Group) -> list[fx.Node]:
+    """One for each of ``_indices``, before the pieces."""
+    named = [index for i, t in enumerate(group.terms) for index in ((t.columns, f"columns{i}"), (t.rows, f"rows{i}"))]
+    return [graph.placeholder(name) for index, name in named if index is not None]
+
+
+def _step(graph: fx.Graph, term: Term, link: Link, h: fx.Node, piece: fx.Node) -> fx.Node:
     """One link: the activation's features go from ``before`` to ``after``, flat on both ends."""
     before, after = (modes[modes.index(TOKEN) + 1 :] for modes in (link.before, link.after))
     if is_matmul(link) and not link.batch:
         return graph.call_function(torch.matmul, (h, piece))
-    if not link.contracted and not link.new and link.batch == before == after:
+    if link.modes == before == after and len(after) == 1:
         return graph.call_function(torch.mul, (h, piece))
     if is_matmul(link):
         return graph.call_function(torch.einsum, ("z...k,zkn->z...n", h, piece))
     if len(before) != 1:
-        h = graph.call_function(ops.split, (h, tuple(group.sizes[mode] for mode in before)))
+        h = graph.call_function(ops.split, (h, tuple(term.sizes[mode] for mode in before)))
     lead = tuple(mode for mode in link.before[: link.before.index(TOKEN)])
     equation = _equation([(*lead, ..., *before), link.modes], (*lead, ..., *after))
     h = graph.call_function(torch.einsum, (equation, h, piece))
@@ -311,7 +303,7 @@ def _by_task(plan: GroupPlan) -> bool:
     return any("task" in link.batch for chain in plan.chains for link in chain.links)
 
 
-def _labels(group: Group, mode: str) -> list:
+def _labels(group: Group, mode: str) -> list[str | int]:
     return list(dict.fromkeys(getattr(site, mode) for site in group.sites))
 
 
@@ -330,13 +322,13 @@ def _group_rows(group: Group, axes: tuple[str, ...]) -> list[list[int]]:
 def _rows(group: Group, axes: tuple[str, ...]) -> tuple[int, ...]:
     """For each site of a group, its index on the stacked axes."""
     index = {number: row for row, numbers in enumerate(_group_rows(group, axes)) for number in numbers}
-    return tuple(index.get(number, 0) for number in range(len(group.sites)))
+    return tuple(index[number] for number in range(len(group.sites)))
 
 
-def _equation(inputs: list[tuple], output: tuple) -> str:
+def _equation(inputs: Sequence[tuple[object, ...]], output: tuple[object, ...]) -> str:
     known: dict[object, str] = {...: "..."}
 
-    def letters(modes: tuple) -> str:
+    def letters(modes: tuple[object, ...]) -> str:
         return "".join(
             known.setdefault(m, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[len(known) - 1]) for m in modes
         )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.language.errors import AdapterError, did_you_mean
-from tensorpeft.network.network import Group
+from tensorpeft.network.network import Group, Term
 from tensorpeft.network.shapes import Site
 from tensorpeft.planning.plan import Plan, dense_plan
 from tensorpeft.runtime.emit import emit
@@ -44,8 +44,10 @@ def delta(adapter: Adapter, module: str, task: int | None) -> Tensor:  # shape: 
     like = adapter.factors[adapter.network.blocks[0].name]
     dense = torch.zeros(first.module_d_out, first.d_in, dtype=like.dtype, device=like.device)
     for group, number in places:
-        rows, columns = _positions(group, group.sites[number], like.device)
-        dense[rows[:, None], columns] += _compact(adapter, group, number, task).to(dense.dtype)
+        site = group.sites[number]
+        for term, update in zip(group.terms, _compact(adapter, group, number, task), strict=True):
+            rows, columns = _positions(term, site, like.device)
+            dense[rows[:, None], columns] += update.to(dense.dtype)
     return dense
 
 
@@ -59,31 +61,28 @@ def _check_task(adapter: Adapter, task: int | None) -> None:
         )
 
 
-def _compact(
-    adapter: Adapter, group: Group, number: int, task: int | None
-) -> Tensor:  # shape: (rows kept, columns kept)
-    """DW of one site without its masked rows and columns: the prologue of a plan that has this site alone."""
+def _compact(adapter: Adapter, group: Group, number: int, task: int | None) -> list[Tensor]:
+    """Of each product at one site, (rows kept, columns kept): the prologue of a plan that has this site alone."""
     terms = tuple(
         replace(t, operands=tuple(replace(o, keys=(o.keys[number],)) for o in t.operands)) for t in group.terms
     )
-    alone = replace(group, sites=(group.sites[number],), terms=terms)
-    plan = dense_plan(alone)
+    plan = dense_plan(replace(group, sites=(group.sites[number],), terms=terms))
     code = emit(Plan(adapter.network, adapter.plan.regime, (plan,)))
     factors = [adapter.factors[name] for name in code.inputs]
-    pieces = [stack[0] for stack in code.prologue(factors[0].dtype, *factors)]
-    by_task = [
-        piece[task] if "task" in chain.links[0].batch else piece
-        for piece, chain in zip(pieces, plan.chains, strict=True)
-    ]
-    total = sum(piece * (chain.sign * group.scale) for piece, chain in zip(by_task, plan.chains, strict=True))
-    assert isinstance(total, Tensor)
-    return total.t()  # a link is (d_in, d_out)
+    stacks = code.prologue.forward(factors[0].dtype, *factors)
+    updates = []
+    for piece, chain in zip(code.calls[0].pieces, plan.chains, strict=True):
+        dense = stacks[piece.stack][piece.row]
+        if "task" in chain.links[0].batch:
+            dense = dense[task]
+        updates.append(dense.t() * (chain.sign * group.scale))  # a link is (d_in, d_out)
+    return updates
 
 
-def _positions(group: Group, site: Site, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows and columns of the module's weight that a site's compact dW covers."""
-    rows = site.row_indices() if group.kept_out is None else site.row_indices()[group.kept_out]
-    columns = np.arange(site.d_in) if group.kept_in is None else group.kept_in
+def _positions(term: Term, site: Site, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The rows and columns of the module's weight that a product covers at a site."""
+    rows = site.row_indices() if term.rows is None else site.row_indices()[term.rows]
+    columns = np.arange(site.d_in) if term.columns is None else term.columns
     return torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
 
 

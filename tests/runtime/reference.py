@@ -92,10 +92,14 @@ def label_of(mode: str, key: tuple, block: Block) -> object:
     return key[present.index(mode)]
 
 
-def stored_at(adapter: tp.Adapter, tensors: dict[str, Tensor], reference: Reference, site: Site, modes: Modes) -> Tensor:
+def stored_at(
+    adapter: tp.Adapter, tensors: dict[str, Tensor], reference: Reference, site: Site, modes: Modes
+) -> Tensor:
     """The tensor of a factor at a site, over the atoms of its modes."""
     key = {"matrix": site.matrix, "layer": site.layer}
-    written = [m for mode in reference.modes for m in (modes.atoms(mode) if {*modes.atoms(mode)} & {*AT_SITE} else [mode])]
+    written = [
+        m for mode in reference.modes for m in (modes.atoms(mode) if {*modes.atoms(mode)} & {*AT_SITE} else [mode])
+    ]
     free = [mode for mode in written if mode not in AT_SITE]
     mine = tuple(key[mode] for mode in AT_SITE if mode in written)
     sizes = [modes.size(mode) for mode in free]
@@ -118,7 +122,9 @@ def site_update(adapter: tp.Adapter, tensors: dict[str, Tensor], site: Site) -> 
     for product in adapter.spec.update.products:
         names: dict[str, str] = {}
         inputs = [
-            "".join(names.setdefault(a, LETTERS[len(names)]) for m in f.modes for a in modes.atoms(m) if a not in AT_SITE)
+            "".join(
+                names.setdefault(a, LETTERS[len(names)]) for m in f.modes for a in modes.atoms(m) if a not in AT_SITE
+            )
             for f in product.factors
         ]
         opened = [a for a in (*task, *modes.atoms("d_out"), *modes.atoms("d_in")) if a in names]

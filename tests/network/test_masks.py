@@ -81,7 +81,8 @@ def test_keeping_more_than_there_is() -> None:
 
 
 def test_what_is_masked_is_not_counted() -> None:
-    text = "tensorpeft: 1\ntarget: {matrices: [query, down]}\nstructure: matrix\nrank: 3\nmask: {'B[d_out]': keep(5), 'A[d_in]': keep(0.25)}"
+    text = "tensorpeft: 1\ntarget: {matrices: [query, down]}\nstructure: matrix\nrank: 3\n"
+    text += "mask: {'B[d_out]': keep(5), 'A[d_in]': keep(0.25)}"
     network = front(text, model_shape(SMALL)).network
     sizes = {block.name: block.count for block in network.blocks}
     assert sizes == {"B": 4 * 5 * 3, "A_d_in32": 2 * 8 * 3, "A_d_in48": 2 * 12 * 3}
@@ -99,8 +100,11 @@ def test_other_targets_change_no_mask() -> None:
 
 
 def test_masks_that_leave_nothing_in_common() -> None:
-    text = "tensorpeft: 1\ntarget: {matrices: [query]}\nstructure: matrix\nrank: 8\nmask: {'B[r]': keep(1), 'A[r]': keep(1)}"
-    with pytest.raises(SpecError, match=r"the masks leave nothing of mode `r` at query of layer 0 \(model\.layers\.0\."):
+    text = "tensorpeft: 1\ntarget: {matrices: [query]}\nstructure: matrix\nrank: 8\nseed: 1\n"
+    text += "mask: {'B[r]': keep(1), 'A[r]': keep(1)}"
+    with pytest.raises(
+        SpecError, match=r"the masks leave nothing of mode `r` at query of layer 0 \(model\.layers\.0\."
+    ):
         front(text, model_shape(SMALL))
 
 
@@ -109,6 +113,5 @@ def test_a_side_that_another_factor_carries_in_parts() -> None:
         "tensorpeft: 1\ntarget: {matrices: [query]}\nrank: 2\nupdate: B[d_out, r] * g[layer, head] * A[r, d_in]\n"
         "factors: {g: {init: zeros}}\nmask: {'B[d_out]': keep(4)}"
     )
-    expected = "`d_out` cannot be masked: another factor of the product carries a part of head \\* head_dim"
-    with pytest.raises(SpecError, match=expected):
+    with pytest.raises(SpecError, match="`d_out` cannot be masked: another factor of the product carries a part of it"):
         front(text, model_shape(SMALL))

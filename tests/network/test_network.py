@@ -1,0 +1,194 @@
+"""What is stored, who uses it, and the numbers it starts from."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tensorpeft.compile import front
+from tensorpeft.network.families import model_shape
+from tensorpeft.network.initial import initial_values
+from tensorpeft.network.network import Block, Key, Network
+
+LLAMA = model_shape(
+    {
+        "model_type": "llama",
+        "num_hidden_layers": 3,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "vocab_size": 100,
+    }
+)
+
+
+def network_of(text: str, target: str = "{matrices: [query, value]}") -> Network:
+    return front(f"tensorpeft: 1\ntarget: {target}\n{text}", LLAMA).network
+
+
+def stored(network: Network) -> dict[str, tuple[int, ...]]:
+    return {block.name: block.shape for block in network.blocks}
+
+
+def test_one_tensor_for_a_factor_and_one_more_for_each_ragged_size() -> None:
+    assert stored(network_of("structure: matrix\nrank: 5")) == {
+        "B_d_out64": (1, 3, 64, 5),
+        "B_d_out32": (1, 3, 32, 5),
+        "A": (2, 3, 5, 64),
+    }
+
+
+def test_a_factor_without_site_modes_is_one_tensor_a_size() -> None:
+    update = "update: B[d_out, r] * A[r, d_in]\nrank: {r: 5}\nfactors: {B: {init: zeros}}"
+    assert stored(network_of(update, "all-linear")) == {
+        "B_d_out64": (64, 5),
+        "B_d_out32": (32, 5),
+        "B_d_out96": (96, 5),
+        "A_d_in64": (5, 64),
+        "A_d_in96": (5, 96),
+    }
+    assert stored(network_of(update + "\nragged: slice", "all-linear")) == {"B": (96, 5), "A": (5, 96)}
+
+
+def test_axes_are_in_the_order_that_the_spec_writes() -> None:
+    update = "update: B[d_out, layer, r, matrix] * A[r, d_in]\nrank: {r: 5}\nfactors: {B: {init: zeros}}"
+    block = network_of(update, "{matrices: [query, out]}").blocks[0]
+    assert [(axis.mode, axis.size) for axis in block.axes] == [("d_out", 64), ("layer", 3), ("r", 5), ("matrix", 2)]
+    assert block.keys[:2] == (("query", 0), ("query", 1))
+
+
+def test_sites_that_fill_no_grid_have_one_axis() -> None:
+    block = network_of("structure: matrix\nrank: 5", "{matrices: ['*.0.*.q_proj', '*.2.*.o_proj']}").blocks[0]
+    assert [(axis.mode, axis.size) for axis in block.axes] == [("site", 2), ("d_out", 64), ("r", 5)]
+    assert block.keys == (("query", 0), ("out", 2))
+
+
+def test_a_packed_factor_holds_what_the_masks_keep() -> None:
+    network = network_of("structure: matrix\nrank: 5\nmask: {'B[d_out]': bernoulli(0.3)}", "{matrices: [query]}")
+    block = network.blocks[0]
+    kept = {key: len(indices) for key, (indices, _) in block.kept.items()}
+    assert len(set(kept.values())) > 1
+    assert block.shape == (5 * sum(kept.values()),)
+    assert block.key_sizes == tuple(5 * kept[key] for key in block.keys)
+
+
+def test_sites_of_one_shape_are_one_group() -> None:
+    network = network_of("structure: matrix\nrank: 5", "all-linear")
+    shapes = [{(site.d_out, site.d_in) for site in group.sites} for group in network.groups]
+    assert all(len(shape) == 1 for shape in shapes)
+    assert [len(group.sites) for group in network.groups] == [6, 6, 6, 3]  # query out, key value, gate up, down
+    masked = network_of("structure: matrix\nrank: 5\nmask: {'A[r]': keep(2)}", "all-linear")
+    assert [len(group.sites) for group in masked.groups] == [1] * 21
+
+
+def test_a_mask_of_a_shared_factor_keeps_groups_together() -> None:
+    update = "update: B[d_out, r] * d[matrix, layer, r] * A[r, d_in]\nrank: {r: 5}\nfactors: {d: {init: zeros}}"
+    network = network_of(update + "\nmask: {'A[r]': keep(2)}", "all-linear")
+    assert [len(group.sites) for group in network.groups] == [6, 6, 6, 3]
+    assert all(term.sizes["r"] == 2 for group in network.groups for term in group.terms)
+
+
+def test_it_prints_itself() -> None:
+    lines = str(network_of("structure: matrix\nrank: 5\nalpha: 10")).splitlines()
+    assert lines == [
+        "network adapter on llama: dW = alpha / r * (B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in])",
+        "  B_d_out64[matrix=1, layer=3, d_out=64, r=5] zeros, trained, 960",
+        "  B_d_out32[matrix=1, layer=3, d_out=32, r=5] zeros, trained, 480",
+        "  A[matrix=2, layer=3, r=5, d_in=64] kaiming_uniform(a=sqrt(5)), trained, 1,920",
+        "  3 sites like query of layer 0 (model.layers.0.self_attn.q_proj)",
+        "    B * A: d_out=64, d_in=64",
+        "  3 sites like value of layer 0 (model.layers.0.self_attn.v_proj)",
+        "    B * A: d_out=32, d_in=64",
+    ]
+
+
+# Initial values
+
+
+def values(block: Block, seed: int = 0) -> dict[Key, np.ndarray]:
+    return {key: np.broadcast_to(value, block.key_shape(key)) for key, value in initial_values(block, seed)}
+
+
+def of(text: str, factor: str, target: str = "{matrices: [query, value]}", seed: int = 0) -> dict[tuple, np.ndarray]:
+    """The initial values of a factor by key and shape, over all of its blocks."""
+    blocks = [block for block in network_of(text, target).blocks if block.factor == factor]
+    return {(key, value.shape): value for block in blocks for key, value in values(block, seed).items()}
+
+
+PAIR = (
+    "update: B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in]\nrank: {{r: 16}}\n"
+    "factors: {{B: {{init: zeros}}, A: {{init: '{}'}}}}"
+)
+BOUNDS = {
+    "kaiming_uniform": np.sqrt(6 / 64),
+    "kaiming_uniform(a=sqrt(5))": 1 / np.sqrt(64),
+    "kaiming_uniform(fan=r)": np.sqrt(6 / 16),
+    "kaiming_uniform(a=sqrt(5), fan=r)": 1 / np.sqrt(16),
+    "xavier_uniform": np.sqrt(6 / (64 + 16)),
+    "uniform(0.25)": 0.25,
+}
+
+
+@pytest.mark.parametrize("init", BOUNDS)
+def test_uniform_initialisers_fill_their_bounds(init: str) -> None:
+    drawn = np.stack(list(of(PAIR.format(init), "A").values()))
+    bound = BOUNDS[init]
+    assert bound * 0.99 < drawn.max() <= bound
+    assert -bound <= drawn.min() < -bound * 0.99
+    assert abs(drawn.std() / (bound / np.sqrt(3)) - 1) < 0.03
+    assert abs(drawn.mean()) < 4 * bound / np.sqrt(3 * drawn.size)
+
+
+def test_normal_and_constant_initialisers() -> None:
+    drawn = np.stack(list(of(PAIR.format("normal(0.02)"), "A").values()))
+    assert abs(drawn.std() / 0.02 - 1) < 0.05
+    assert all((value == 0.1).all() for value in of(PAIR.format("constant(0.1)"), "A").values())
+    assert all((value == 1).all() for value in of(PAIR.format("ones"), "A").values())
+    assert not any(value.any() for value in of(PAIR.format("ones"), "B").values())
+
+
+def test_every_key_and_every_seed_has_numbers_of_its_own() -> None:
+    drawn = [v.tobytes() for seed in (0, 1) for v in of(PAIR.format("normal(1)"), "A", seed=seed).values()]
+    assert len(set(drawn)) == len(drawn) == 12
+
+
+RANDOM = PAIR.format("normal(1)").replace("zeros", "normal(1)") + "\nstart: nonzero"
+
+
+@pytest.mark.parametrize(
+    "target", ["all-linear", "{matrices: [value, out, query]}", "{matrices: [query], layers: [0, 2]}"]
+)
+def test_the_target_changes_no_number(target: str) -> None:
+    for factor in ("A", "B"):
+        alone, other = of(RANDOM, factor), of(RANDOM, factor, target)
+        common = alone.keys() & other.keys()
+        assert len(common) in (2, 6)
+        assert all(np.array_equal(alone[key], other[key]) for key in common)
+
+
+def test_a_wider_target_keeps_the_shared_slice() -> None:
+    vera = "update: b[matrix, layer, d_out] * B[d_out, r] * d[matrix, layer, r] * A[r, d_in]\nrank: {r: 7}\nragged: slice\n"
+    vera += "factors: {A: {init: normal(1), frozen: true}, B: {init: uniform(1), frozen: true}, b: {init: zeros}}"
+    for factor in ("A", "B"):
+        ((_, narrow),) = of(vera, factor).items()
+        ((_, wide),) = of(vera, factor, "all-linear").items()
+        assert wide.size > narrow.size
+        assert np.array_equal(wide[tuple(slice(size) for size in narrow.shape)], narrow)
+
+
+def test_a_masked_factor_has_the_numbers_of_the_whole_one() -> None:
+    masked = next(b for b in network_of(RANDOM + "\nmask: {'A[d_in]': keep(9)}").blocks if b.factor == "A")
+    whole = of(RANDOM, "A")
+    for key, value in values(masked).items():
+        rows, columns = masked.kept[key]
+        assert rows is None
+        assert value.shape == (16, 9)
+        assert np.array_equal(value, whole[key, (16, 64)][:, columns])
+
+
+def test_another_factor_or_rank_changes_no_number() -> None:
+    lora = "update: B[layer, d_out, r] * A[layer, r, d_in]\nrank: {r: 4}\nfactors: {B: {init: zeros}, A: {init: normal(1)}}"
+    longer = lora.replace("* A", "* C[r] * A").replace("r: 4", "r: 9")
+    few, many = of(lora, "A"), of(longer, "A")
+    assert all(np.array_equal(few[(layer,), (4, 64)], many[(layer,), (9, 64)][:4]) for layer in range(3))

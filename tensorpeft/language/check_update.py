@@ -108,7 +108,7 @@ def used_bonds(spec: Spec, table: Table) -> Iterator[Problem]:
     sizes = table.get("rank")
     carried = {atom for reference in _references(spec) for atom in _atoms(spec, reference)} | _carried(spec)
     named = {name for _, size in spec.ranks for name in size.names} | set(dict(spec.ranks))
-    defined = {part.name for definition in spec.modes for part in definition.parts}
+    defined = {part.name for definition in spec.modes if definition.name in SIDES for part in definition.parts}
     for bond, size in spec.ranks:
         span = sizes.where(bond) if isinstance(sizes, Table) else size.span
         if bond in BUILT_IN_MODES:

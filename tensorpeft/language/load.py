@@ -59,8 +59,8 @@ def find_source(what: str | PathLike[str]) -> Source:
     if sep in name or name.endswith((".yaml", ".yml")):
         return _read(Path(name), name)
     known = method_paths()
-    hint = did_you_mean(name, known) or ""
-    raise fail(f"no method is called `{clip(name)}`{hint or ';'} the catalogue has {listing(known, 40)}")
+    hint = did_you_mean(name, known) or f"; the catalogue has {listing(known, 40)}"
+    raise fail(f"no method is called `{clip(name)}`{hint}")
 
 
 def _read(path: Path, name: str) -> Source:

@@ -184,7 +184,7 @@ def _group(spec: Spec, storages: dict[str, _Storage], modes: Layout, sites: tupl
 
 
 def _term(spec: Spec, product: Product, storages: list[_Storage], modes: Layout, sites: tuple[Site, ...]) -> Term:
-    carried = {mode for storage in storages for mode in storage.written}
+    carried = dict.fromkeys(mode for storage in storages for mode in storage.written).keys()
     atoms = {mode: modes.atoms(mode, carried) for mode in (*carried, *SIDES)}
     _check_atoms(product, storages, atoms, sites[0])
     kept = _kept_atoms(spec, storages, sites[0], modes, atoms)

@@ -28,11 +28,11 @@ def minimum_cut(term: Term) -> tuple[str, ...]:
     factors carry it (a copy tensor is cut once); factors cannot be cut. Site modes are fixed at a site and do not count.
     """
     graph = nx.DiGraph()
-    modes = {mode for operand in term.operands for mode in operand.modes} - {*SITE_MODES, "task"}
+    modes = sorted({mode for operand in term.operands for mode in operand.modes} - {*SITE_MODES, "task"})
     for mode in modes:
         graph.add_edge(("in", mode), ("out", mode), capacity=log(term.sizes[mode]))
     for number, operand in enumerate(term.operands):
-        for mode in modes.intersection(operand.modes):
+        for mode in sorted({*modes}.intersection(operand.modes)):
             graph.add_edge(("out", mode), number)
             graph.add_edge(number, ("in", mode))
     for mode in term.d_in:
@@ -40,4 +40,4 @@ def minimum_cut(term: Term) -> tuple[str, ...]:
     for mode in term.d_out:
         graph.add_edge(("out", mode), "output")
     reachable = nx.minimum_cut(graph, "input", "output")[1][0]
-    return tuple(sorted(m for m in modes if ("in", m) in reachable and ("out", m) not in reachable))
+    return tuple(m for m in modes if ("in", m) in reachable and ("out", m) not in reachable)

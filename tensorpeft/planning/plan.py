@@ -49,6 +49,12 @@ class Link:
     def modes(self) -> tuple[str, ...]:
         return (*self.batch, *self.contracted, *self.new)
 
+    @property
+    def is_matmul(self) -> bool:
+        """Whether it contracts all of the activation's features at once: then it is a matrix (features, new features)."""
+        features = self.before[self.before.index(TOKEN) + 1 :]
+        return features == self.contracted and set(self.batch) <= {"task"}
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -64,6 +70,11 @@ class GroupPlan:
 
     group: Group
     chains: tuple[Chain, ...]
+
+    @property
+    def by_task(self) -> bool:
+        """Whether a site needs to know which task each row of a batch belongs to."""
+        return any("task" in link.batch for chain in self.chains for link in chain.links)
 
     @property
     def site_flops(self) -> int:

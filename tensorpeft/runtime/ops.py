@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -86,3 +87,15 @@ def select(tensor: Tensor, axis: int, positions: tuple[int, ...]) -> Tensor:
     if positions == tuple(range(positions[0], positions[0] + len(positions))):
         return tensor.narrow(axis, positions[0], len(positions))
     return tensor.index_select(axis, torch.tensor(positions, device=tensor.device))
+
+
+def equation(inputs: Sequence[tuple[object, ...]], output: tuple[object, ...]) -> str:
+    """An einsum equation over named modes; ``...`` stands for itself."""
+    known: dict[object, str] = {...: "..."}
+
+    def letters(modes: tuple[object, ...]) -> str:
+        return "".join(
+            known.setdefault(m, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[len(known) - 1]) for m in modes
+        )
+
+    return f"{','.join(map(letters, inputs))}->{letters(output)}"

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tensorpeft.language.errors import fail, listing
+from tensorpeft.language.errors import did_you_mean, fail, listing
 from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Product
 from tensorpeft.network.layout import Layout, layout, used_modes
@@ -32,6 +32,7 @@ def lower(spec: Spec, model: ModelShape) -> Network:
     """
     _refuse_unsupported(spec)
     sites = choose(spec.target, model)
+    _refuse_unmatched(spec, sites)
     placed = _layouts(spec, model, sites)
     storages = {name: _store(spec, name, placed) for name, _ in spec.factors}
     masked = [storages[name] for name in dict.fromkeys(rule.factor for rule in spec.masks)]
@@ -54,6 +55,18 @@ def _refuse_unsupported(spec: Spec) -> None:
     for definition in spec.modes:
         if any(part.name == "expert" for part in definition.parts):
             raise fail("the mode `expert` is not supported yet", definition.span)
+
+
+def _refuse_unmatched(spec: Spec, sites: tuple[Site, ...]) -> None:
+    """A value that a mask gives for one matrix belongs to a matrix of the target."""
+    for rule in spec.masks:
+        for name, value in rule.rule.options:
+            if not any(site.is_named(name) for site in sites):
+                matrices = dict.fromkeys(site.matrix for site in sites)
+                hint = did_you_mean(name, matrices) or f"; the target has {listing(matrices)}"
+                raise fail(
+                    f"`{rule.rule}` gives a value for `{name}`, which is no matrix of the target{hint}", value.span
+                )
 
 
 def _layouts(spec: Spec, model: ModelShape, sites: tuple[Site, ...]) -> list[tuple[Site, Layout]]:

@@ -31,7 +31,7 @@ class Merged:
 
 @torch.no_grad()
 def delta(adapter: Adapter, module: str, task: int | None) -> Tensor:  # shape: (d_out, d_in)
-    """DW of a module, gathered from the sites that lie in it."""
+    """The update dW of a module, gathered from the sites that lie in it."""
     places = [
         (group, n) for group in adapter.network.groups for n, site in enumerate(group.sites) if site.module == module
     ]

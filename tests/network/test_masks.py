@@ -115,3 +115,12 @@ def test_a_side_that_another_factor_carries_in_parts() -> None:
     )
     with pytest.raises(SpecError, match="`d_out` cannot be masked: another factor of the product carries a part of it"):
         front(text, model_shape(SMALL))
+
+
+def test_a_value_for_a_matrix_that_is_not_there() -> None:
+    spec = load_spec("partial_lora", mask={"B[d_out]": "bernoulli(0.1, qeury=0.2)"})
+    with pytest.raises(SpecError) as error:
+        front(spec, model_shape("llama-2-7b"))
+    assert error.value.problems[0].message == (
+        "`bernoulli(0.1, qeury=0.2)` gives a value for `qeury`, which is no matrix of the target; did you mean `query`?"
+    )

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import tensorpeft as tp
-from tensorpeft.network.network import Block
 from tests.models import ARCHITECTURES, build, embeddings, inputs, randomise, run, widen_norms
 from tests.runtime.naive import FORMULAS, Place
+from tests.runtime.reference import unpacked
 
 SPECS = {"lora": {}, "vera": {"rank": 16}, "shared_a": {"tasks": 3}, "partial_lora": {}, "lorta": {}}
 IDS = torch.tensor([2, 0, 1])
@@ -25,20 +25,6 @@ def attached(architecture: str, spec: str, dtype: torch.dtype) -> tuple[nn.Modul
     adapter = tp.attach(model, tp.load_spec(spec, **SPECS[spec]))
     randomise(adapter)
     return model, adapter
-
-
-def unpacked(block: Block, flat: Tensor) -> Tensor:
-    """A masked factor as a whole tensor, zero where nothing is stored."""
-    whole = flat.new_zeros(tuple(axis.size for axis in block.axes))
-    for key, values in zip(block.keys, flat.split(block.key_sizes), strict=True):
-        place = tuple(axis.labels.index(part) for axis, part in zip(block.axes, key, strict=False))
-        index = [
-            torch.arange(a.size) if k is None else torch.from_numpy(k)
-            for a, k in zip(block.free_axes, block.kept[key], strict=True)
-        ]
-        grid = torch.meshgrid(*index, indexing="ij")
-        whole = whole.index_put((*(torch.full_like(grid[0], p) for p in place), *grid), values.view(grid[0].shape))
-    return whole
 
 
 def naive_updates(adapter: tp.Adapter, factors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

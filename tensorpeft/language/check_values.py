@@ -8,8 +8,17 @@ from collections.abc import Iterable, Iterator, Sized
 from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
 from tensorpeft.language.nodes import Table
 from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES, Spec
-from tensorpeft.language.syntax import Call, Expression, Name, Operation, Product
-from tensorpeft.language.words import ARITY, BUILT_IN_MODES, INITIALISERS, MASK_RULES, SIZE_NAMES, TASK_MODE, Signature
+from tensorpeft.language.syntax import Call, Expression, Name, Operation, Product, Spectral
+from tensorpeft.language.words import (
+    ARITY,
+    BUILT_IN_MODES,
+    INITIALISERS,
+    MASK_RULES,
+    SIZE_NAMES,
+    TASK_MODE,
+    ZEROS,
+    Signature,
+)
 
 MAX_RANK = 1 << 20
 MAX_SIZE = 1 << 31
@@ -64,6 +73,8 @@ def initialisers(spec: Spec, table: Table) -> Iterator[Problem]:
     """Every initialiser is known, and is given what it takes."""
     modes = {reference.factor: reference.modes for product in spec.update.products for reference in product.factors}
     for name, rule in spec.factors:
+        if isinstance(rule.init, Spectral):
+            continue
         signature = INITIALISERS.get(rule.init.name)
         if signature is None:
             yield _unknown("initialiser", rule.init, INITIALISERS)
@@ -176,7 +187,7 @@ def trained(spec: Spec, table: Table) -> Iterator[Problem]:
 
 def start(spec: Spec, table: Table) -> Iterator[Problem]:
     """Exactly one way to be zero at the start, or a declared start that is not zero."""
-    zero = {name for name, rule in spec.factors if rule.init.name == "zeros"}
+    zero = {name for name, rule in spec.factors if rule.init == ZEROS}
     frozen = {name for name, rule in spec.factors if rule.frozen}
     counts = []
     for product in spec.update.products:

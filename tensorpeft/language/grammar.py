@@ -69,7 +69,7 @@ def parse_update(text: Scalar) -> Update:
             sign = -1 if child == "-" else 1
         else:
             references = tuple(_reference(node, text) for node in child.children)
-            products.append(Product(references, sign, _span(child, text)))
+            products.append(Product(references, sign, span=_span(child, text)))
     return Update(tuple(products), text.span)
 
 

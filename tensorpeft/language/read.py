@@ -40,7 +40,7 @@ def read_spec(table: Table, source: Source, findings: Findings) -> Spec | None:
         masks=masks,
         alpha=None if alpha is None else float(alpha),
         scale=scale,
-        ragged=str(_value(whole, "ragged") or "by_size"),
+        ragged=(("*", str(_value(whole, "ragged") or "by_size")),),
         heads=_heads(whole),
         tasks=None if tasks is None else int(tasks),
         seed=int(_value(whole, "seed") or 0),
@@ -92,7 +92,7 @@ def _rules(table: Table, form: Form, findings: Findings) -> Iterator[tuple[str, 
                 init = parse_call(text)
         is_frozen = bool(_value(said, "frozen")) or name in frozen
         span = factors.where(name) if name in factors else reference.span
-        yield name, FactorRule(init, is_frozen, bool(_value(said, "stored")), span)
+        yield name, FactorRule(init, is_frozen, bool(_value(said, "stored")), span=span)
 
 
 def _ranks(table: Table, form: Form, findings: Findings) -> Iterator[tuple[str, Expression]]:
@@ -125,7 +125,7 @@ def _masks(table: Table, findings: Findings) -> Iterator[MaskRule]:
                 raise fail(f"expected one mode of a factor, such as `{reference.factor}[d_out]`", key.span)
             rule = masks.scalar(key.text)
             if rule:
-                yield MaskRule(reference.factor, reference.modes[0], parse_call(rule), key.span)
+                yield MaskRule(reference.factor, reference.modes, parse_call(rule), span=key.span)
 
 
 def _scale(table: Table, form: Form | None, findings: Findings) -> Expression:

@@ -122,7 +122,7 @@ _STRUCTURES: dict[str, Callable[[Layout, Span | None], Expansion]] = {
 
 
 def _single(references: list[Reference], span: Span | None) -> Update:
-    return Update((Product(tuple(references), 1, span),), span)
+    return Update((Product(tuple(references), span=span),), span)
 
 
 def _inits(references: list[Reference], zero: str) -> dict[str, Call]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from tensorpeft.language.source import Source, Span
-from tensorpeft.language.syntax import Call, Definition, Expression, Number, Update
+from tensorpeft.language.syntax import EVERYWHERE, Call, Definition, Expression, Initialiser, Number, Selector, Update
 
 SITE_MODES: tuple[str, ...] = ("matrix", "layer", "expert")  # bound when the adapter is attached
 STRUCTURAL_MODES = ("head", "head_dim", "width")  # the two sides of an attention matrix, by its heads
@@ -42,20 +42,30 @@ class Heads:
 class FactorRule:
     """What is said of one factor under ``factors:``."""
 
-    init: Call
+    init: Initialiser
     frozen: bool = False
     stored: bool = False  # a frozen factor that the checkpoint holds, rather than its seed
+    lr: float = 1.0  # multiplies the learning rate
     span: Span | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
 class MaskRule:
-    """Which indices of a mode of a factor exist: ``B[d_out]: bernoulli(0.13)``."""
+    """Which indices of a mode of a factor exist: ``B[d_out]: bernoulli(0.13)``; with several modes, which of its entries.
+
+    Of the rules for the same modes of a factor, the last whose selector fits a site counts.
+    """
 
     factor: str
-    mode: str
+    modes: tuple[str, ...]
     rule: Call
+    at: Selector = EVERYWHERE
     span: Span | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def mode(self) -> str:
+        """The mode, of a rule for one."""
+        return self.modes[0]
 
 
 @dataclass(frozen=True)
@@ -74,9 +84,16 @@ class Spec:
     masks: tuple[MaskRule, ...] = ()
     alpha: float | None = None
     scale: Expression = Number(1)
-    ragged: str = "by_size"  # by_size | slice | error
+    ragged: tuple[tuple[str, str], ...] = (
+        ("*", "by_size"),
+    )  # mode -> by_size | slice | group | error; `*`: every other one
     heads: Heads = Heads()
     tasks: int | None = None
+    budget: int | None = None  # trained numbers at most: the bonds of `free` get the largest size that fits
+    free: tuple[str, ...] = ()
+    dropout: tuple[tuple[str, float], ...] = ()  # `x` (the input of every site) or a bond -> probability
+    train: tuple[str, ...] = ()  # parameters of the base trained beside dW: `biases`, `norms`, `head`, or patterns
+    scores: str | None = None  # the file that mask rules such as `top` read
     seed: int = 0
     start: str = "zero"  # zero | nonzero
     source: Source | None = field(default=None, compare=False, repr=False)
@@ -85,3 +102,8 @@ class Spec:
     def factor(self, name: str) -> FactorRule:
         """The rule of a factor of the update."""
         return dict(self.factors)[name]
+
+    def policy(self, mode: str) -> str:
+        """What happens where the sizes of a mode differ from matrix to matrix."""
+        policies = dict(self.ragged)
+        return policies.get(mode, policies.get("*", "by_size"))

@@ -7,7 +7,7 @@ with the same meaning are equal. ``str(node)`` is text that parses back to an eq
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from tensorpeft.language.errors import did_you_mean, fail, listing
@@ -144,7 +144,77 @@ class Call:
         return f"{self.name}({', '.join(inside)})" if inside else self.name
 
 
-Expression = Number | Name | Operation | Call
+@dataclass(frozen=True)
+class Selector:
+    """Some sites: ``query, value layers 0-3``. Without matrices those of every matrix, without layers those of every layer."""
+
+    matrices: tuple[str, ...] = ()  # names, dotted endings of names, or globs
+    layers: tuple[int, ...] | None = None  # ascending
+    span: Span | None = _span()
+
+    def __str__(self) -> str:
+        names = ", ".join(self.matrices)
+        layers = "" if self.layers is None else f"layers {ranges(self.layers)}"
+        return " ".join(filter(None, (names, layers))) or "*"
+
+
+EVERYWHERE = Selector()
+
+
+def ranges(numbers: Iterable[int]) -> str:
+    """``0-3, 7``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An expression for each site: of the entries whose selector fits, the last counts. Stands alone, never inside another."""
+
+    entries: tuple[tuple[Selector, Expression], ...]
+    span: Span | None = _span()
+
+    def evaluate(self, names: Mapping[str, float]) -> float:
+        raise fail(f"`{self}` differs from site to site", self.span)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset().union(*(value.names for _, value in self.entries))
+
+    def __str__(self) -> str:
+        return "{" + ", ".join(f"{selector}: {value}" for selector, value in self.entries) + "}"
+
+
+Expression = Number | Name | Operation | Call | Choice
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """Numbers taken from the base weight: ``svd(W).U[:r] * S ** 0.5``.
+
+    ``part`` is ``U`` (d_out by bond), ``V`` (d_in by bond) or ``S`` (bond) of a singular value decomposition, ``Q`` or ``R``
+    of a QR decomposition; the bond takes its first values, or its last. ``power`` of the singular values multiplies it.
+    """
+
+    decomposition: str  # "svd" | "qr"
+    part: str
+    bond: str
+    last: bool = False
+    power: Expression = Number(0)
+    span: Span | None = _span()
+
+    def __str__(self) -> str:
+        kept = f"-{self.bond}:" if self.last else f":{self.bond}"
+        power = "" if self.power == Number(0) else " * S" if self.power == Number(1) else f" * S ** {self.power}"
+        return f"{self.decomposition}(W).{self.part}[{kept}]{power}"
+
+
+Initialiser = Call | Spectral
 
 
 @dataclass(frozen=True)
@@ -161,10 +231,14 @@ class Reference:
 
 @dataclass(frozen=True)
 class Product:
-    """Factors multiplied and summed over the modes that are not open; ``sign`` is +1 or -1."""
+    """Factors multiplied and summed over the modes that are not open; ``sign`` is +1 or -1.
+
+    ``at`` is the entry of ``update:`` that it stands under: a site has the products of the last entry that fits it.
+    """
 
     factors: tuple[Reference, ...]
     sign: int = 1
+    at: Selector = EVERYWHERE
     span: Span | None = _span()
 
     def __str__(self) -> str:

@@ -39,7 +39,7 @@ def _lines(spec: Spec) -> Iterator[str]:
     if spec.alpha is not None:
         yield f"alpha: {_number(spec.alpha)}"
     yield f"scale: {_size(spec.scale, _BARE)}"
-    yield f"ragged: {spec.ragged}"
+    yield f"ragged: {spec.policy('*')}"
     yield from _heads(spec.heads)
     if spec.tasks is not None:
         yield f"tasks: {spec.tasks}"

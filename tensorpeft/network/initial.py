@@ -7,9 +7,11 @@ from math import sqrt
 
 import numpy as np
 
-from tensorpeft.language.syntax import Call, Name
+from tensorpeft.language.errors import fail
+from tensorpeft.language.syntax import Call, Name, Spectral
 from tensorpeft.network import random
-from tensorpeft.network.network import Block, Key
+from tensorpeft.network.network import Block
+from tensorpeft.network.shapes import Key
 
 CONSTANTS = ("zeros", "ones", "constant")
 
@@ -17,6 +19,8 @@ CONSTANTS = ("zeros", "ones", "constant")
 def initial_values(block: Block, seed: int) -> Iterator[tuple[Key, np.ndarray | float]]:
     """For each key of a block: its values, as an array of the key's shape or as one number for all of it."""
     init = block.rule.init
+    if isinstance(init, Spectral):
+        raise fail(f"`{init}` is not supported yet", init.span)
     if init.name in CONSTANTS:
         value = 0.0 if init.name == "zeros" else 1.0 if init.name == "ones" else float(init.args[0].evaluate({}))
         yield from ((key, value) for key in block.keys)

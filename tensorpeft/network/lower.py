@@ -19,8 +19,8 @@ from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, STRUCTURAL_
 from tensorpeft.language.syntax import Product
 from tensorpeft.network.layout import Layout, layout, used_modes
 from tensorpeft.network.masks import kept_indices
-from tensorpeft.network.network import Axis, Block, Group, Key, Network, Operand, Term
-from tensorpeft.network.shapes import ModelShape, Site
+from tensorpeft.network.network import Axis, Block, Group, Network, Operand, Term
+from tensorpeft.network.shapes import Key, ModelShape, Site
 from tensorpeft.network.targets import choose
 
 
@@ -90,7 +90,7 @@ class _Storage:
     site_modes: tuple[str, ...]
     written: tuple[str, ...]  # the free written modes
     blocks: tuple[Block, ...]
-    of_site: dict[tuple[str, int], tuple[Key, Block]]
+    of_site: dict[Key, tuple[Key, Block]]
 
     def key(self, site: Site) -> Key:
         return self.of_site[site.key][0]
@@ -111,15 +111,15 @@ def _store(spec: Spec, factor: str, placed: list[tuple[Site, Layout]]) -> _Stora
     site_modes = tuple(mode for mode in SITE_MODES if mode in written)
     free = tuple(mode for mode in written if mode not in SITE_MODES)
     wanted: dict[Key, set[tuple[int, ...]]] = defaultdict(set)
-    sizes_of: dict[tuple[str, int], tuple[Key, tuple[int, ...]]] = {}
+    sizes_of: dict[Key, tuple[Key, tuple[int, ...]]] = {}
     for site, modes in placed:
         key = tuple(getattr(site, mode) for mode in site_modes)
         sizes = tuple(modes.sizes[mode] for mode in free)
         wanted[key].add(sizes)
         sizes_of[site.key] = key, sizes
-    if spec.ragged == "error":
+    if spec.policy("*") == "error":
         _refuse_ragged(spec, factor, free, wanted)
-    if spec.ragged == "slice":
+    if spec.policy("*") == "slice":
         wanted = {key: {tuple(map(max, zip(*sizes, strict=True)))} for key, sizes in wanted.items()}
     keys_of: dict[tuple[int, ...], list[Key]] = defaultdict(list)
     for key, several in wanted.items():
@@ -132,7 +132,8 @@ def _store(spec: Spec, factor: str, placed: list[tuple[Site, Layout]]) -> _Stora
     }
     by_key = {key: blocks[sizes] for sizes, keys in keys_of.items() for key in keys}
     of_site = {
-        site: (key, by_key[key] if spec.ragged == "slice" else blocks[sizes]) for site, (key, sizes) in sizes_of.items()
+        site: (key, by_key[key] if spec.policy("*") == "slice" else blocks[sizes])
+        for site, (key, sizes) in sizes_of.items()
     }
     return _Storage(factor, site_modes, free, tuple(blocks.values()), of_site)
 

@@ -7,8 +7,7 @@ import numpy as np
 from tensorpeft.language.errors import fail
 from tensorpeft.language.spec import MaskRule
 from tensorpeft.network import random
-from tensorpeft.network.network import Key
-from tensorpeft.network.shapes import is_named
+from tensorpeft.network.shapes import Key, is_named
 
 
 def kept_indices(rule: MaskRule, key: Key, size: int, seed: int) -> np.ndarray:

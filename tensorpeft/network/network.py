@@ -19,9 +19,7 @@ from math import prod
 import numpy as np
 
 from tensorpeft.language.spec import FactorRule, Spec
-from tensorpeft.network.shapes import ModelShape, Site
-
-Key = tuple[str | int, ...]  # the values of a factor's site modes, in the order matrix, layer, expert
+from tensorpeft.network.shapes import Key, ModelShape, Site
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Key = tuple[str | int, ...]  # the values of site modes, in the order matrix, layer, expert
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -45,11 +47,15 @@ class Site:
     heads: int | None = None  # how many heads split `head_side`
     head_side: str | None = None  # "d_out" or "d_in"
     rows: Rows | None = None  # None: the whole module
+    expert: int | None = None  # of several matrices in one 3-D parameter, or of a layer's expert modules: which one
+    kind: str = "linear"  # linear | conv (d_in = channels * kernel) | embedding (d_in = vocabulary) | parameter
+    parameter: str | None = None  # of kind `parameter`: its name in the module
+    reads: str | None = None  # sites of one layer with the same name here read the very same tensor
 
     @property
-    def key(self) -> tuple[str, int]:
+    def key(self) -> Key:
         """What a factor's site modes are bound to."""
-        return self.matrix, self.layer
+        return (self.matrix, self.layer) if self.expert is None else (self.matrix, self.layer, self.expert)
 
     def is_named(self, name: str) -> bool:
         """Whether a name is that of this site's matrix or its dotted ending."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from tensorpeft.language.errors import ModelError
 from tensorpeft.network.architecture import Architecture, Matrix
-from tensorpeft.network.shapes import Linear, Site
+from tensorpeft.network.shapes import Key, Linear, Site
 
 
 def resolve(linears: Sequence[Linear], architecture: Architecture | None) -> tuple[Site, ...]:
@@ -22,7 +22,7 @@ def resolve(linears: Sequence[Linear], architecture: Architecture | None) -> tup
         ModelError: a module has other sides than its family's table says, or two modules have one role and layer.
     """
     named = _names([linear.module for linear in linears], architecture)
-    sites: dict[tuple[str, int], Site] = {}
+    sites: dict[Key, Site] = {}
     for linear in linears:
         found = architecture and architecture.find(linear.module)
         if found:

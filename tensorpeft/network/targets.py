@@ -13,7 +13,8 @@ from fnmatch import fnmatchcase
 from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
 from tensorpeft.language.source import Span
 from tensorpeft.language.spec import Target
-from tensorpeft.network.shapes import ModelShape, Site
+from tensorpeft.language.syntax import ranges
+from tensorpeft.network.shapes import Key, ModelShape, Site
 from tensorpeft.network.sites import in_order
 
 ALL_LINEAR = "all-linear"
@@ -35,7 +36,7 @@ def choose(target: Target, shape: ModelShape) -> tuple[Site, ...]:
             exist, each matrix that some layers lack, or nothing left at the end.
     """
     problems = list(_layer_problems(target, shape))
-    wanted: dict[tuple[str, int], Site] = {}
+    wanted: dict[Key, Site] = {}
     for entry in target.matrices:
         found = match(entry, shape)
         problems += _entry_problems(entry, target, shape, found)
@@ -103,8 +104,8 @@ def _bound(pattern: re.Pattern[str], site: Site, shape: ModelShape) -> Site | No
 def _layer_problems(target: Target, shape: ModelShape) -> Iterable[Problem]:
     known = {site.layer for site in shape.sites if site.stack is not None}
     if wrong := sorted(set(target.layers or ()) - known):
-        missing = f"layer {wrong[0]} does" if len(wrong) == 1 else f"layers {_ranges(wrong)} do"
-        has = f"layers {_ranges(known)}" if known else "no layers"
+        missing = f"layer {wrong[0]} does" if len(wrong) == 1 else f"layers {ranges(wrong)} do"
+        has = f"layers {ranges(known)}" if known else "no layers"
         yield Problem(f"{missing} not exist: {shape.name} has {has}", _first_span(target))
 
 
@@ -116,7 +117,7 @@ def _entry_problems(entry: str, target: Target, shape: ModelShape, found: tuple[
         yield Problem(message, target.span(entry))
     elif not _means_some(entry):
         for stack, layers in _lacking(found, target, shape).items():
-            where = f"layer{'s' * (len(layers) > 1)} {_ranges(layers)} of `{stack}`"
+            where = f"layer{'s' * (len(layers) > 1)} {ranges(layers)} of `{stack}`"
             ways = f"restrict `layers:` to those that have it, or write `*.{entry}` for all that there are"
             yield Problem(f"`{entry}` is missing in {where}; {ways}", target.span(entry))
 
@@ -157,14 +158,3 @@ def _first_span(target: Target) -> Span | None:
 
 def _named(matrices: Iterable[str]) -> str:
     return listing(matrices) or "no linear modules"
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    """``0-3, 7``."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

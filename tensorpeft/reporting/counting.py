@@ -8,9 +8,9 @@ from math import prod
 
 from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
 from tensorpeft.language.words import TASK_MODE
-from tensorpeft.network.network import Block, Key, Network
+from tensorpeft.network.network import Block, Network
 from tensorpeft.network.rank import rank_bound
-from tensorpeft.network.shapes import Site
+from tensorpeft.network.shapes import Key, Site
 from tensorpeft.network.sites import in_order
 from tensorpeft.planning.plan import Plan
 from tensorpeft.reporting.report import FactorEntry, MatrixEntry, ModeEntry, Report

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from tensorpeft.language.errors import AdapterError, fail
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.initial import initial_values
-from tensorpeft.network.network import Block, Key, Network
+from tensorpeft.network.network import Block, Network
+from tensorpeft.network.shapes import Key
 
 
 class Factors(nn.Module):

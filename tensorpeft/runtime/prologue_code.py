@@ -13,7 +13,8 @@ from torch import fx
 from torch.fx.node import Argument
 
 from tensorpeft.language.spec import SITE_MODES
-from tensorpeft.network.network import Block, Group, Key, Operand, Term
+from tensorpeft.network.network import Block, Group, Operand, Term
+from tensorpeft.network.shapes import Key
 from tensorpeft.planning.plan import Link, Plan, operand_modes
 from tensorpeft.runtime import ops
 

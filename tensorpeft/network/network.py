@@ -18,7 +18,7 @@ from math import prod
 
 import numpy as np
 
-from tensorpeft.language.spec import FactorRule, Spec
+from tensorpeft.language.spec import BASE_WEIGHT, FactorRule, Spec
 from tensorpeft.network.shapes import Key, ModelShape, Site
 
 
@@ -102,6 +102,11 @@ class Operand:
     site_modes: tuple[str, ...]
     keys: tuple[Key, ...]
     take: tuple[Sequence[int] | None, ...]
+
+    @property
+    def is_base(self) -> bool:
+        """Whether it is the base weight: its block only tells its shape, and is none of the network's."""
+        return self.factor == BASE_WEIGHT
 
 
 @dataclass(frozen=True)

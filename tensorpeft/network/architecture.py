@@ -2,8 +2,8 @@
 
 A table is data. ``sizes`` and ``switches`` are rules over the config's keys (`network.sizes`), of which the sizes are
 published; ``config`` gives keys that a config may lack. ``matrices`` say, for each role, which module holds it, its two
-sides, which side the heads split and, for a part of a fused module, which rows. ``linears`` are the modules outside the
-layers; these, ``parameters``, ``classes`` and ``uncounted`` (keys or switches) serve to count the parameters.
+sides, which side the heads split and, for a part of a fused module, which rows. ``reads`` lists the roles that read the
+very same tensor. ``linears`` are the modules outside the layers; these, ``parameters``, ``classes`` and ``uncounted`` (keys or switches) serve to count the parameters.
 A table that is ``like:`` another has all its keys, but for those it gives itself.
 
 A model of several stacks (encoder and decoder, two towers) has the stack, and the attention where there are two kinds,
@@ -44,6 +44,7 @@ class Matrix:
     heads: int | None = None
     head_side: str | None = None
     rows: Rows | None = None
+    reads: str | None = None  # the first of the roles that read the very same tensor as this one
 
     @property
     def module_d_out(self) -> int:
@@ -93,7 +94,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     table, sizes = put(config)
     published = tuple((name, _sensible(name, sizes[name])) for name in table["sizes"])
     entries = {role: entry for role, entry in table["matrices"].items() if sizes.value(entry.get("if", 1))}
-    matrices = tuple(_matrix(role, entry, sizes) for role, entry in entries.items())
+    reads = {role: together[0] for together in table.get("reads", ()) for role in together}
+    matrices = tuple(_matrix(role, entry, sizes, reads.get(role)) for role, entry in entries.items())
     return Architecture(config["model_type"], published, matrices)
 
 
@@ -132,7 +134,7 @@ def _sensible(name: str, size: int) -> int:
     return size
 
 
-def _matrix(role: str, entry: Mapping[str, Any], sizes: Sizes) -> Matrix:
+def _matrix(role: str, entry: Mapping[str, Any], sizes: Sizes, reads: str | None) -> Matrix:
     d_out, d_in = sizes.value(entry["d_out"]), sizes.value(entry["d_in"])
     ((side, heads),) = entry["heads"].items() if "heads" in entry else ((None, None),)
     rows = {"count": d_out, **entry["rows"]} if "rows" in entry else None
@@ -147,4 +149,5 @@ def _matrix(role: str, entry: Mapping[str, Any], sizes: Sizes) -> Matrix:
         heads=sizes.value(heads) if heads else None,
         head_side=side,
         rows=Rows(**{key: sizes.value(rule) for key, rule in rows.items()}) if rows else None,
+        reads=reads,
     )

@@ -55,7 +55,8 @@ def _part(linear: Linear, layer: int, matrix: Matrix) -> Site:
             f"but by the model's config the module of `{matrix.role}` is {expected[0]} x {expected[1]}"
         )
     sides = matrix.d_out, matrix.d_in
-    return Site(linear.module, matrix.role, layer, *sides, matrix.heads, matrix.head_side, matrix.rows)
+    heads = matrix.heads, matrix.head_side
+    return Site(linear.module, matrix.role, layer, *sides, *heads, matrix.rows, reads=matrix.reads)
 
 
 def _names(modules: Sequence[str], architecture: Architecture | None) -> dict[str, tuple[str, int]]:

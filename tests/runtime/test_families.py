@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -192,6 +194,20 @@ def test_every_site_lies_in_its_module(name):
         d_out, d_in = module.weight.shape[::-1] if hasattr(module, "nf") else module.weight.shape
         assert (site.module_d_out, site.d_in) == (d_out, d_in)
         assert site.row_indices().max() < d_out
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_which_sites_read_the_very_same_tensor(name):
+    model = CASES[name].build().double().eval()
+    sites = [site for site in scan(model).sites if site.stack is not None and site.layer == 0]
+    tensors: dict[str, Tensor] = {}  # kept alive, so that no two can have one place
+    for path in {site.module for site in sites}:
+        keep = partial(tensors.setdefault, path)  # of several calls the first
+        model.get_submodule(path).register_forward_pre_hook(lambda module, args, keep=keep: keep(args[0]))
+    run(model)
+    pairs = [(a, b) for a, b in combinations(sites, 2) if "falcon" not in name or {a.matrix, b.matrix} < {*ATTENTION}]
+    together = {(a.matrix, b.matrix) for a, b in pairs if tensors[a.module] is tensors[b.module]}
+    assert together == {(a.matrix, b.matrix) for a, b in pairs if a.reads and a.reads == b.reads}
 
 
 @pytest.mark.parametrize("name", CASES)

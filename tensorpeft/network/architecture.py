@@ -3,7 +3,8 @@
 A table is data. ``sizes`` and ``switches`` are rules over the config's keys (`network.sizes`), of which the sizes are
 published; ``config`` gives keys that a config may lack. ``matrices`` say, for each role, which module holds it, its two
 sides, which side the heads split and, for a part of a fused module, which rows. ``reads`` lists the roles that read the
-very same tensor. ``linears`` are the modules outside the layers; these, ``parameters``, ``classes`` and ``uncounted`` (keys or switches) serve to count the parameters.
+very same tensor. ``linears`` are the modules outside the layers; these, ``parameters``, ``classes`` and ``uncounted``
+(keys or switches) serve to count the parameters.
 A table that is ``like:`` another has all its keys, but for those it gives itself.
 
 A model of several stacks (encoder and decoder, two towers) has the stack, and the attention where there are two kinds,

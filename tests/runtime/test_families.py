@@ -196,14 +196,22 @@ def test_every_site_lies_in_its_module(name):
         assert site.row_indices().max() < d_out
 
 
+def watch(module: nn.Module, keep: Callable[[Tensor], Any]) -> None:
+    """Hand the input of each call of a module on."""
+
+    def hook(module: nn.Module, args: tuple[Tensor]) -> None:
+        keep(args[0])
+
+    module.register_forward_pre_hook(hook)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_which_sites_read_the_very_same_tensor(name):
     model = CASES[name].build().double().eval()
     sites = [site for site in scan(model).sites if site.stack is not None and site.layer == 0]
     tensors: dict[str, Tensor] = {}  # kept alive, so that no two can have one place
     for path in {site.module for site in sites}:
-        keep = partial(tensors.setdefault, path)  # of several calls the first
-        model.get_submodule(path).register_forward_pre_hook(lambda module, args, keep=keep: keep(args[0]))
+        watch(model.get_submodule(path), partial(tensors.setdefault, path))  # of several calls the first
     run(model)
     pairs = [(a, b) for a, b in combinations(sites, 2) if "falcon" not in name or {a.matrix, b.matrix} < {*ATTENTION}]
     together = {(a.matrix, b.matrix) for a, b in pairs if tensors[a.module] is tensors[b.module]}

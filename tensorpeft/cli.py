@@ -17,19 +17,16 @@ import click
 
 from tensorpeft import __version__
 from tensorpeft.compile import front, shape_of
-from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.check_values import MAX_RANK
 from tensorpeft.language.errors import TensorpeftError, fail
 from tensorpeft.language.load import load_spec
 from tensorpeft.language.override import parse_override
 from tensorpeft.language.text import spec_text
-from tensorpeft.network.families import cards
 from tensorpeft.network.lower import lower
 from tensorpeft.network.shapes import ModelShape
 from tensorpeft.reporting.comparison import Comparison, Row
 from tensorpeft.reporting.counting import report_of, trained
-from tensorpeft.reporting.report import Report
-from tensorpeft.reporting.table import Cell, Table, text
+from tensorpeft.reporting.table import Page
 
 if TYPE_CHECKING:
     from tensorpeft.planning.plan import Plan
@@ -169,23 +166,12 @@ def sweep(
 
 
 @main.command()
-def catalogue() -> None:
+@_with_output
+def catalogue(form: str, output: Path | None) -> None:
     """List the methods and the model cards that ship."""
-    methods = Table(("method", "what it is"), tuple((name, _headline(path)) for name, path in method_paths().items()))
-    headers = ("model", "family", "layers", "width", "heads", "parameters")
-    models = Table(headers, tuple(map(_card, cards())))
-    click.echo(text("Methods (SPEC) and model cards (--model)", (methods, models)), nl=False)
+    from tensorpeft.reporting.catalogue import catalogue
 
-
-def _headline(path: Path) -> str:
-    """The comment that a shipped spec begins with."""
-    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ")
-
-
-def _card(name: str) -> tuple[Cell, ...]:
-    shape = shape_of(name)
-    sizes = dict(shape.sizes)
-    return (name, shape.family or "", sizes["layers"], sizes["width"], sizes["heads"], shape.n_parameters)
+    _deliver(catalogue(), form, output)
 
 
 @main.command()
@@ -263,7 +249,7 @@ def _alternatives(setting: str) -> list[str]:
     return [f"{key}{equals}{value}" for value in found]
 
 
-def _deliver(result: Report | Comparison, form: str, output: Path | None) -> None:
+def _deliver(result: Page, form: str, output: Path | None) -> None:
     shown = {"text": result.to_text, "json": result.to_json, "md": result.to_markdown, "html": result.to_html}[form]()
     if output is None or str(output) == "-":
         click.echo(shown, nl=False)

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from tensorpeft.cli import main
 from tensorpeft.language.load import load_spec
 from tensorpeft.network.families import cards
+from tensorpeft.reporting.catalogue import catalogue
 
 GOLDEN = Path(__file__).parent / "golden"
 SHIPPED = Path(__file__).resolve().parents[1] / "specs"
@@ -50,7 +51,6 @@ TRANSCRIPTS = {
     ],
     "comparison.txt": ["report", "lora", "lorta", "vera", "--model", "llama-2-7b", "--set", "rank=1,4,16,64"],
     "comparison.md": ["sweep", "lora", "lorta", "--model", "llama-2-7b", "--budget", "600k,2.5M", "--format", "md"],
-    "catalogue.txt": ["catalogue"],
     "expand_lorta.yaml": ["expand", "lorta"],
 }
 
@@ -230,6 +230,7 @@ def test_the_catalogue_names_all_that_ships():
     first_words = {line.partition(" ")[0] for line in done("catalogue").splitlines()}
     assert {path.stem for path in SHIPPED.glob("*.yaml")} <= first_words
     assert set(cards()) <= first_words
+    assert done("catalogue", "--format", "json") == catalogue().to_json()
 
 
 def test_output_goes_to_a_file(tmp_path):

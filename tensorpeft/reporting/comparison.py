@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 
 from tensorpeft.reporting.report import Report
-from tensorpeft.reporting.table import Cell, Table, html, markdown, text
+from tensorpeft.reporting.table import Cell, Page, Table
 
 
 @dataclass(frozen=True)
@@ -18,7 +17,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class Comparison(Page):
     """Reports on one model."""
 
     rows: tuple[Row, ...]
@@ -50,17 +49,6 @@ class Comparison:
         counts = (report.trainable, report.percent, report.stored, report.bytes["checkpoint"])
         return (report.name, *values, *counts, report.flops_per_token, report.lora_rank)
 
-    def to_json(self) -> str:
-        """A list: each report, with its ``settings``."""
-        return (
-            json.dumps([{"settings": dict(row.settings), **row.report.to_dict()} for row in self.rows], indent=2) + "\n"
-        )
-
-    def to_text(self) -> str:
-        return text(self.title, self.tables)
-
-    def to_markdown(self) -> str:
-        return markdown(self.title, self.tables)
-
-    def to_html(self) -> str:
-        return html(self.title, self.tables)
+    def to_data(self) -> list[dict[str, object]]:
+        """Each report, with its ``settings``."""
+        return [{"settings": dict(row.settings), **row.report.to_data()} for row in self.rows]

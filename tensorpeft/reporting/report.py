@@ -10,10 +10,9 @@ All counts are exact integers. A matrix that is named in several layers is one e
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 
-from tensorpeft.reporting.table import Cell, Table, html, markdown, significant, text
+from tensorpeft.reporting.table import Cell, Page, Table, significant
 
 FLOAT_BYTES = 4  # factors are kept in float32, also where the base has fewer bits
 ADAMW_STATES = 2  # numbers that AdamW keeps for each trained one: the two moments
@@ -62,7 +61,7 @@ class MatrixEntry:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(Page):
     """The costs of a spec on a model."""
 
     name: str
@@ -117,26 +116,11 @@ class Report:
         """Totals, factors, modes, matrices."""
         return self._totals(), self._factors(), self._modes(), self._matrices()
 
-    def to_dict(self) -> dict[str, object]:
+    def to_data(self) -> dict[str, object]:
         """Fields and totals under their names, the tables last; integers exact."""
         fields, totals = asdict(self), {"stored": self.stored, "percent": self.percent, "bytes": self.bytes}
         tables = {key: fields.pop(key) for key in ("factors", "modes", "matrices")}
         return {**fields, **totals, **tables}
-
-    def to_json(self) -> str:
-        return json.dumps(self.to_dict(), indent=2) + "\n"
-
-    def to_text(self) -> str:
-        return text(self.title, self.tables)
-
-    def to_markdown(self) -> str:
-        return markdown(self.title, self.tables)
-
-    def to_html(self) -> str:
-        return html(self.title, self.tables)
-
-    def __str__(self) -> str:
-        return self.to_text()
 
     def _totals(self) -> Table:
         size = self.bytes

@@ -1,7 +1,9 @@
-"""A table as a value, and its text, Markdown and HTML."""
+"""A table as a value, a page of tables, and their text, JSON, Markdown and HTML."""
 
 from __future__ import annotations
 
+import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -26,14 +28,45 @@ class Table:
     rows: tuple[tuple[Cell, ...], ...]
 
     def render(self, style: str) -> str:
-        """The table in one of tabulate's formats: columns of numbers to the right, others to the left."""
+        """The table in one of tabulate's formats: columns with numbers to the right, others to the left."""
         rows = [[_shown(cell) for cell in row] for row in self.rows]
         sides = [
-            "left" if any(isinstance(c, str) and c for c in column) else "right"
+            "left" if any(column) and all(isinstance(cell, str) for cell in column) else "right"
             for column in zip(*self.rows, strict=True)
         ]
         shown: str = tabulate(rows, self.headers, tablefmt=style, colalign=sides, disable_numparse=True)
         return shown
+
+
+class Page(ABC):
+    """What is told in tables: a title of one line or more, and the same as data."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str: ...
+
+    @property
+    @abstractmethod
+    def tables(self) -> tuple[Table, ...]: ...
+
+    @abstractmethod
+    def to_data(self) -> object:
+        """Dicts, lists, texts and numbers alone; integers exact."""
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_data(), indent=2) + "\n"
+
+    def to_text(self) -> str:
+        return text(self.title, self.tables)
+
+    def to_markdown(self) -> str:
+        return markdown(self.title, self.tables)
+
+    def to_html(self) -> str:
+        return html(self.title, self.tables)
+
+    def __str__(self) -> str:
+        return self.to_text()
 
 
 def text(title: str, tables: Sequence[Table]) -> str:

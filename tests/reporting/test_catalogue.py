@@ -1,0 +1,73 @@
+"""The catalogue tells of every shipped file what it says of itself, and counts what an adapter of it would train."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tensorpeft.compile import report
+from tensorpeft.language.catalogue import method_paths
+from tensorpeft.language.errors import SpecError
+from tensorpeft.network.families import cards, model_shape
+from tensorpeft.reporting.catalogue import COUNTED_ON, Paper, catalogue, described
+
+SHIPPED = Path(__file__).resolve().parents[2] / "specs"
+
+
+def test_everything_that_ships_is_there():
+    found = catalogue()
+    assert [method.name for method in found.methods] == sorted(path.stem for path in SHIPPED.glob("*.yaml"))
+    assert [card.name for card in found.cards] == list(cards())
+    assert all(card.parameters == model_shape(card.name).n_parameters for card in found.cards)
+
+
+@pytest.mark.parametrize("name", method_paths())
+def test_a_method_is_counted_or_its_refusal_is_told(name):
+    method = next(method for method in catalogue().methods if method.name == name)
+    if method.refused is None:
+        assert method.trainable == report(name, model=COUNTED_ON).trainable
+    else:
+        with pytest.raises(SpecError) as refusal:
+            report(name, model=COUNTED_ON)
+        assert (method.trainable, method.refused) == (None, str(refusal.value))
+
+
+@pytest.mark.parametrize("name", method_paths())
+def test_a_file_begins_with_what_it_is(name):
+    title, what, paper = described(method_paths()[name].read_text(encoding="utf-8"))
+    assert title
+    assert what.endswith(".")
+    assert paper != Paper() or "20" in title
+
+
+@pytest.mark.parametrize(
+    ("comment", "told"),
+    [
+        ("", ("", "", Paper())),
+        ("# words", ("", "words", Paper())),
+        ("# A-B: one\n# thing. Another.", ("A-B", "one thing.", Paper())),
+        ("# A: a.\n# \"T: t\", ICLR 2021.", ("A", "a.", Paper(title="T: t", year="2021"))),
+        (
+            "# A: a.\n# B. Someone\n# Some et al., \"Long\n# title\", 2021, arXiv:2106.09685. More in 2022.",
+            ("A", "a.", Paper("Some et al.", "Long title", "2021", "arXiv:2106.09685")),
+        ),
+        ("# A: a.\nname: x\n# Some, \"T\", 2021", ("A", "a.", Paper())),
+    ],
+)  # fmt: skip
+def test_comments(comment, told):
+    assert described(comment) == told
+
+
+def test_formats():
+    found = catalogue()
+    data = json.loads(found.to_json())
+    lora = next(method for method in data["methods"] if method["name"] == "lora")
+    assert lora["trainable"] == 4194304
+    assert lora["trained"] == ["B", "A"]
+    assert lora["paper"]["arxiv"] == "arXiv:2106.09685"
+    assert data["model"] == COUNTED_ON
+    for shown in (found.to_text(), found.to_markdown(), found.to_html()):
+        assert all(name in shown for name in (*method_paths(), *cards()))
+        assert "4,194,304" in shown

@@ -1,0 +1,141 @@
+"""The generated parts of ``specs/README.md``: what the catalogue has, counts and fits.
+
+The page is written by hand but for what stands between ``<!-- methods -->`` and ``<!-- end -->`` and the like.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from tensorpeft.compile import front
+from tensorpeft.language.catalogue import method_paths
+from tensorpeft.language.errors import Problem, SpecError
+from tensorpeft.language.load import load_spec
+from tensorpeft.network.families import model_shape
+from tensorpeft.network.shapes import ModelShape
+from tensorpeft.reporting.catalogue import Method, Paper, catalogue
+from tensorpeft.reporting.table import Table
+from tests import published
+
+PAGE = Path(__file__).resolve().parents[1] / "specs" / "README.md"
+ARCHITECTURES = yaml.safe_load((Path(__file__).parent / "golden" / "architectures.yaml").read_text(encoding="utf-8"))
+OK = "ok"
+
+
+def filled(page: str) -> str:
+    """The page with every generated part as it ought to be."""
+    for name, content in parts().items():
+        opening = f"<!-- {name} -->\n"
+        assert page.count(opening) == 1, f"the page has no place for {name}"
+        before, rest = page.split(opening)
+        page = f"{before}{opening}{content}\n{rest[rest.index('<!-- end -->') :]}"
+    return page
+
+
+def parts() -> dict[str, str]:
+    return {
+        "methods": methods(),
+        "published counts": counts(),
+        "counts that are not asserted": not_asserted(),
+        "architectures": architectures(),
+        "fits": fits(),
+    }
+
+
+def methods() -> str:
+    found = catalogue()
+    headers = ("spec", f"trained on {found.model}", "method", "paper", "dW")
+    return Table(headers, tuple(map(_method, found.methods))).render("github")
+
+
+def _method(method: Method) -> tuple[int | str, ...]:
+    count = "does not fit" if method.trainable is None else method.trainable
+    told = f"{method.title}: {method.what}"
+    return f"[{method.name}]({method.name}.yaml)", count, told, _linked(method.paper), f"`{method.update}`"
+
+
+def _linked(paper: Paper) -> str:
+    number = paper.arxiv.removeprefix("arXiv:")
+    return f"[{paper}](https://arxiv.org/abs/{number})" if number else str(paper)
+
+
+def counts() -> str:
+    rows = []
+    for row in published.ROWS:
+        matrices = row["matrices"] if isinstance(row["matrices"], str) else ", ".join(row["matrices"])
+        setting = "; ".join(f"{key} {row[key]}" for key in ("rank", "tt_rank", "tasks") if key in row)
+        plus = " + LoRA of the classifier's dense" if "plus" in row else ""
+        ours = published.counted(row) if published.is_expressed(row) else "-"
+        told = (row["method"], row["model"], matrices + plus, setting, row["kind"])
+        rows.append((*told, str(row.get("published", "")), row["count"], ours, row.get("note", "")))
+    headers = ("method", "model", "matrices", "setting", "counted", "published", "exact", "here", "note")
+    return Table(headers, tuple(rows)).render("github")
+
+
+def not_asserted() -> str:
+    known = ("method", "model", "rank", "published")
+    rows = tuple((*(str(row.get(key, "")) for key in known), _remark(row, known)) for row in published.NOT_ASSERTED)
+    return Table((*known, "what follows from a stated configuration"), rows).render("github")
+
+
+def _remark(row: published.Row, known: Iterable[str]) -> str:
+    names = {"exact": "", "formula": "by the formula ", "exact_r4": "at rank 4 "}
+    return "; ".join(f"{names[key]}{row[key]}" for key in row if key not in known)
+
+
+def architectures() -> str:
+    return ", ".join(f"`{family}` ({config['name']})" for family, config in ARCHITECTURES.items())
+
+
+def shapes() -> dict[str, ModelShape]:
+    return {family: model_shape({"model_type": family, **config}) for family, config in ARCHITECTURES.items()}
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a spec does not fit an architecture: the key of the spec at which it fails, and what is said."""
+
+    key: str
+    message: str
+    place: str
+
+
+def outcome(spec: str, shape: ModelShape) -> Refusal | None:
+    """None where a spec can be planned for a model."""
+    try:
+        front(load_spec(spec), shape)
+    except SpecError as refusal:
+        return _refusal(refusal.problems[0])
+    return None
+
+
+def _refusal(problem: Problem) -> Refusal:
+    span = problem.span
+    assert span is not None, f"a refusal without a place: {problem.message}"
+    keys = re.findall(r"^(\w+):", span.source.text[: span.start], re.MULTILINE)
+    return Refusal(keys[-1], problem.message, str(span))
+
+
+def fits() -> str:
+    notes: dict[str, list[str]] = {}  # message -> where it is said
+    models, rows = shapes(), []
+    for name in method_paths():
+        cells = []
+        for shape in models.values():
+            refusal = outcome(name, shape)
+            if refusal is None:
+                cells.append(OK)
+                continue
+            places = notes.setdefault(refusal.message, [])
+            if refusal.place not in places:
+                places.append(refusal.place)
+            cells.append(f"{refusal.key}[^{[*notes].index(refusal.message) + 1}]")
+        rows.append((name, *cells))
+    table = Table(("", *models), tuple(rows)).render("github")
+    told = [f"[^{n}]: {message} ({', '.join(places)})" for n, (message, places) in enumerate(notes.items(), 1)]
+    return "\n".join([table, "", *told])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -17,15 +16,14 @@ import click
 
 from tensorpeft import __version__
 from tensorpeft.compile import front, shape_of
-from tensorpeft.language.check_values import MAX_RANK
-from tensorpeft.language.errors import TensorpeftError, fail
+from tensorpeft.language.catalogue import method_paths
+from tensorpeft.language.errors import TensorpeftError
 from tensorpeft.language.load import load_spec
 from tensorpeft.language.override import parse_override
 from tensorpeft.language.text import spec_text
-from tensorpeft.network.lower import lower
 from tensorpeft.network.shapes import ModelShape
 from tensorpeft.reporting.comparison import Comparison, Row
-from tensorpeft.reporting.counting import report_of, trained
+from tensorpeft.reporting.counting import report_of
 from tensorpeft.reporting.table import Page
 
 if TYPE_CHECKING:
@@ -131,7 +129,7 @@ def report(specs: Sequence[str], model: str, settings: Sequence[str], form: str,
 
 
 @main.command()
-@_specs
+@click.argument("specs", metavar="[SPEC...]", nargs=-1)
 @_model
 @_set
 @click.option(
@@ -145,24 +143,26 @@ def report(specs: Sequence[str], model: str, settings: Sequence[str], form: str,
 def sweep(
     specs: Sequence[str], model: str, settings: Sequence[str], budgets: Sequence[int], form: str, output: Path | None
 ) -> None:
-    """Compare specs over settings or budgets.
+    """Compare specs over settings or budgets; without a SPEC, all methods of the catalogue.
 
-    A budget stands for the largest rank that trains at most so many numbers.
+    A budget stands for the largest rank that trains at most so many numbers. What does not fit the model or the budget is
+    listed with the reason.
     """
+    from tqdm import tqdm
+
+    from tensorpeft.reporting.sweep import cases, sweep
+
     if not settings and not budgets:
         raise click.UsageError("Give --set or --budget.")
     if budgets and any(setting.partition("=")[0].partition(".")[0] == "rank" for setting in settings):
         raise click.UsageError("--budget finds the rank; leave it out of --set.")
-    from tqdm import tqdm
-
-    shape = shape_of(model)
-    within: Sequence[int | None] = budgets or [None]
-    cases = tqdm(list(product(specs, _choices(settings), within)), disable=None, leave=False, unit="row")
-    rows = [_fitting_row(spec, chosen, budget, shape) for spec, chosen, budget in cases]
-    found = tuple(row for row in rows if row is not None)
-    if not found:
+    given = cases(specs or tuple(method_paths()), _choices(settings), budgets)
+    found = sweep(tqdm(given, disable=None, leave=False, unit="row"), shape_of(model))
+    if not found.rows:
+        for refused in found.refused:
+            click.echo(f"{refused.name}: {refused.reason}", err=True)
         sys.exit(2)
-    _deliver(Comparison(found), form, output)
+    _deliver(found, form, output)
 
 
 @main.command()
@@ -209,26 +209,6 @@ def _row(spec: str, chosen: Sequence[str], shape: ModelShape) -> Row:
     read = load_spec(spec, *map(parse_override, chosen))
     settings = tuple((key, value) for key, _, value in (setting.partition("=") for setting in chosen))
     return Row(settings, report_of(front(read, shape)))
-
-
-def _fitting_row(spec: str, chosen: Sequence[str], budget: int | None, shape: ModelShape) -> Row | None:
-    """The row of the largest rank within a budget; None, and a note, where not even rank 1 fits."""
-    if budget is None:
-        return _row(spec, chosen, shape)
-
-    def count(rank: int) -> int:
-        return trained(lower(load_spec(spec, *map(parse_override, (*chosen, f"rank={rank}"))), shape))
-
-    least = count(1)
-    if least == count(2):
-        raise fail(f"`{spec}` trains {least:,} numbers at every rank, so a budget does not determine it")
-    if least > budget:
-        click.echo(f"`{spec}` trains {least:,} numbers at rank 1, which is over the budget of {budget:,}", err=True)
-        return None
-    ranks = range(1, min(budget, MAX_RANK) + 1)  # each step of the rank adds at least one number
-    rank = bisect_right(ranks, budget, key=count)
-    row = _row(spec, (*chosen, f"rank={rank}"), shape)
-    return Row((("budget", str(budget)), *row.settings), row.report)
 
 
 def _choices(settings: Sequence[str]) -> Iterator[tuple[str, ...]]:

@@ -10,6 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tensorpeft.cli import main
+from tensorpeft.compile import report as reported
+from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.load import load_spec
 from tensorpeft.network.families import cards
 from tensorpeft.reporting.catalogue import catalogue
@@ -201,11 +203,40 @@ def test_a_budget_is_used_up(budget):
     assert row["settings"] == {"budget": str(budget), "rank": str(budget // 4292)}
 
 
-def test_what_no_rank_fits_is_left_out_with_a_note():
-    result = call("sweep", "lora", "lorta", "--model", "llama-2-7b", "--budget", "10k", "--format", "json")
-    assert result.exit_code == 0
-    assert [row["name"] for row in json.loads(result.stdout)] == ["lorta"]
-    assert result.stderr == "`lora` trains 524,288 numbers at rank 1, which is over the budget of 10,000\n"
+def test_what_does_not_fit_is_listed_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("constant.yaml").write_text(CONSTANT, encoding="utf-8")
+    specs = ["lora", "lorta", "constant.yaml", "fact_tt"]
+    command = ["sweep", *specs, "--model", "llama-2-7b", "--budget", "10k,100k"]
+    rows = json.loads(done(*command, "--format", "json"))
+    fitting, refused = rows[:2], rows[2:]
+    assert [(row["name"], row["settings"]["budget"]) for row in fitting] == [("lorta", "10000"), ("lorta", "100000")]
+    assert all("refused" not in row for row in fitting)
+    assert [(row["name"], row["settings"]) for row in refused] == [
+        (name, {"budget": budget}) for name in ("lora", "constant", "fact_tt") for budget in ("10000", "100000")
+    ]
+    reasons = [row["refused"].splitlines()[0] for row in refused[::2]]
+    assert reasons[0] == "it trains 524,288 numbers at rank 1, more than 10,000"
+    assert reasons[1] == "it trains 131,072 numbers at every rank"
+    assert "specs/fact_tt.yaml:" in reasons[2]
+    shown = done(*command)
+    assert all(reason in shown for reason in reasons)
+
+
+def test_a_sweep_of_the_whole_catalogue():
+    """Every method has its row, at a rank of which the next does not fit, or the reason why not."""
+    rows = json.loads(done("sweep", "--model", "roberta-base", "--budget", "300k", "--format", "json"))
+    assert sorted(row["name"] for row in rows) == sorted(method_paths())
+    assert len({row["name"] for row in rows if "refused" not in row}) > len(rows) / 2
+    for row in rows:
+        if "refused" not in row:
+            rank = int(row["settings"]["rank"])
+            assert row["trainable"] == count(row["name"], "roberta-base", rank=rank)
+            assert row["trainable"] <= 300_000 < count(row["name"], "roberta-base", rank=rank + 1)
+
+
+def count(name: str, model: str, **overrides: object) -> int:
+    return reported(load_spec(name, **overrides), model=model).trainable
 
 
 def test_explain():

@@ -78,7 +78,7 @@ class Comparison(Page):
 
     def to_data(self) -> list[dict[str, object]]:
         """Each report, with its ``settings``; what was left out has its reason under ``refused`` instead of numbers."""
-        return [each.to_data() for each in (*self.rows, *self.refused)]
+        return [*(row.to_data() for row in self.rows), *(refused.to_data() for refused in self.refused)]
 
 
 def _values(settings: Settings, keys: Iterable[str]) -> Iterator[Cell]:

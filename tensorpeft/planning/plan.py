@@ -42,8 +42,11 @@ class Link:
     site_modes: tuple[str, ...]
     before: tuple[str, ...]
     after: tuple[str, ...]
-    flops: int  # of the activation's step, at one site, over all tokens
-    prologue_flops: int  # of building the tensor, for all sites of the group
+    flops: (
+        int  # at one site, over all tokens: of the activation's step, and of building the tensor if that happens there
+    )
+    prologue_flops: int  # of building the tensor beforehand, for all sites of the group
+    at_site: bool = False  # the base weight is part of it, so it is built at each site, when the site needs it
 
     @property
     def modes(self) -> tuple[str, ...]:
@@ -77,8 +80,13 @@ class GroupPlan:
         return any("task" in link.batch for chain in self.chains for link in chain.links)
 
     @property
+    def by_base(self) -> bool:
+        """Whether a site needs its base weight."""
+        return any(link.at_site for chain in self.chains for link in chain.links)
+
+    @property
     def site_flops(self) -> int:
-        """FLOPs of the activation's steps at one site."""
+        """FLOPs at one site: of the activation's steps, and of building tensors there."""
         return sum(link.flops for chain in self.chains for link in chain.links)
 
     @property
@@ -247,11 +255,14 @@ def _link(
     if last:
         after = (*before[: before.index(TOKEN) + 1], *term.d_out)
         new = tuple(mode for mode in term.d_out if mode in new)
+    sizes = {**term.sizes, TOKEN: tokens, "task": 1}
+    flops = prod(sizes[mode] for mode in {*before, *batch, *new}) * (2 if contracted else 1)
+    if any(term.operands[i].is_base for i in operands):
+        path, built = _at_site(term, operands, (*batch, *contracted, *new))
+        return Link(operands, path, batch, contracted, new, (), before, after, flops + built, 0, at_site=True)
     carried = {mode for i in operands for mode in term.operands[i].site_modes}
     site_modes = site_axes(group, carried)
     path, prologue = _prologue(group, term, operands, (*site_modes, *batch, *contracted, *new))
-    sizes = {**term.sizes, TOKEN: tokens, "task": 1}
-    flops = prod(sizes[mode] for mode in {*before, *batch, *new}) * (2 if contracted else 1)
     return Link(operands, path, batch, contracted, new, site_modes, before, after, flops, prologue)
 
 
@@ -276,6 +287,11 @@ def _prologue(group: Group, term: Term, operands: tuple[int, ...], modes: tuple[
         return (), 0
     inputs = [operand_modes(group, term.operands[i]) for i in operands]
     return _contract(inputs, modes, {**term.sizes, **site_sizes(group)})
+
+
+def _at_site(term: Term, operands: tuple[int, ...], modes: tuple[str, ...]) -> tuple[Path, int]:
+    """The path that builds a link's tensor at one site, and its FLOPs."""
+    return _contract([term.operands[i].modes for i in operands], modes, term.sizes) if len(operands) > 1 else ((), 0)
 
 
 def operand_modes(group: Group, operand: Operand) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from tensorpeft.runtime import merging, prologue, saving
 from tensorpeft.runtime.emit import emit
 from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.hooks import Attachment
+from tensorpeft.runtime.weights import base_weight
 
 Stacks = tuple[tuple[Tensor, ...], ...]  # of each link of the plan: its tensor for every row
 
@@ -184,7 +185,7 @@ class Adapter(nn.Module):
         """Drop the prologue's results: the next site computes them from the factors as they then are."""
         self._stacks: dict[tuple[Any, ...], Stacks] = {}
 
-    def update(self, number: int, x: Tensor, y: Tensor) -> Tensor:
+    def update(self, number: int, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The output y (..., d_out) of a site's module for the input x (..., d_in), with the update added."""
         call = self._code.calls[number]
         if x.dtype != y.dtype:  # under autocast the base has cast its own copy
@@ -192,6 +193,8 @@ class Adapter(nn.Module):
         stacks = self._current(y.dtype, y.device)
         pieces = [stacks[piece.stack][piece.row] for piece in call.pieces]
         indices = [index.to(y.device) for index in call.indices]
+        if call.by_base:
+            indices.insert(0, base_weight(self, module, call.site).to(y.dtype))
         if not call.by_task:
             return call.code.forward(x, y, *indices, *pieces)
         ids = self._checked_ids(x, call.site)

@@ -31,13 +31,14 @@ class Piece:
 class Call:
     """What happens at one site: its program, and what it is given.
 
-    The program's arguments are x, y, the task ids if ``by_task``, the kept columns and rows if masked (``indices``), and the
-    pieces in order.
+    The program's arguments are x, y, the task ids if ``by_task``, the base weight if ``by_base``, the kept columns and rows if
+    masked (``indices``), and the pieces in order.
     """
 
     site: Site
     code: fx.GraphModule
     by_task: bool
+    by_base: bool
     indices: tuple[Tensor, ...]
     pieces: tuple[Piece, ...]
 
@@ -58,17 +59,21 @@ def emit(plan: Plan) -> Emitted:
     known: dict[str, fx.GraphModule] = {}
     for group_plan in plan.groups:
         group = group_plan.group
-        links = [
-            (term, link) for term, chain in zip(group.terms, group_plan.chains, strict=True) for link in chain.links
+        stacked = [
+            stack
+            for term, chain in zip(group.terms, group_plan.chains, strict=True)
+            for link in chain.links
+            for stack in prologue.stacks_of(group, term, link)
         ]
-        stacked = [prologue.stack(group, term, link) for term, link in links]
         by_rows: dict[Rows | None, fx.GraphModule] = {}
         for number, site in enumerate(group.sites):
             if site.rows not in by_rows:
                 code = site_program(group_plan, site.rows)
                 by_rows[site.rows] = known.setdefault(code.code, code)
             pieces = tuple(Piece(stack, rows[number]) for stack, rows in stacked)
-            calls.append(Call(site, by_rows[site.rows], group_plan.by_task, _indices(group, site), pieces))
+            calls.append(
+                Call(site, by_rows[site.rows], group_plan.by_task, group_plan.by_base, _indices(group, site), pieces)
+            )
     return Emitted(prologue.finish(), tuple(prologue.inputs), tuple(calls))
 
 

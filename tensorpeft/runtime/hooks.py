@@ -25,7 +25,7 @@ class SiteHook:
         if self.adapter.enabled:
             x = args[0] if args else next(iter(named.values()))
             for number in self.numbers:
-                output = self.adapter.update(number, x, output)
+                output = self.adapter.update(number, module, x, output)
         return output
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from tensorpeft.language.errors import AdapterError, did_you_mean
 from tensorpeft.network.network import Group, Term
 from tensorpeft.network.shapes import Site
-from tensorpeft.planning.plan import Plan, dense_plan
+from tensorpeft.planning.plan import Link, Plan, dense_plan
 from tensorpeft.runtime.emit import emit
 from tensorpeft.runtime.hooks import adapters
+from tensorpeft.runtime.site_code import built_program
+from tensorpeft.runtime.weights import base_weight, held_weight
 
 if TYPE_CHECKING:
     from tensorpeft.runtime.adapter import Adapter
@@ -66,17 +69,32 @@ def _compact(adapter: Adapter, group: Group, number: int, task: int | None) -> l
     terms = tuple(
         replace(t, operands=tuple(replace(o, keys=(o.keys[number],)) for o in t.operands)) for t in group.terms
     )
-    plan = dense_plan(replace(group, sites=(group.sites[number],), terms=terms))
+    site = group.sites[number]
+    plan = dense_plan(replace(group, sites=(site,), terms=terms))
     code = emit(Plan(adapter.network, adapter.plan.regime, (plan,)))
     factors = [adapter.factors[name] for name in code.inputs]
     stacks = code.prologue.forward(factors[0].dtype, *factors)
+    pieces = iter([stacks[piece.stack][piece.row] for piece in code.calls[0].pieces])
     updates = []
-    for piece, chain in zip(code.calls[0].pieces, plan.chains, strict=True):
-        dense = stacks[piece.stack][piece.row]
-        if "task" in chain.links[0].batch:
+    for term, chain in zip(terms, plan.chains, strict=True):
+        link = chain.links[0]
+        dense = _built(adapter, site, term, link, pieces, factors[0]) if link.at_site else next(pieces)
+        if "task" in link.batch:
             dense = dense[task]
         updates.append(dense.t() * (chain.sign * group.scale))  # a link is (d_in, d_out)
     return updates
+
+
+def _built(
+    adapter: Adapter, site: Site, term: Term, link: Link, pieces: Iterator[Tensor], like: Tensor
+) -> Tensor:  # shape: (d_in, d_out)
+    """A product that has the base weight in it."""
+    if adapter.attachment is None:
+        raise AdapterError(f"adapter `{adapter.name}` is not attached to a model, so there is no `W`")
+    weight = base_weight(adapter, adapter.attachment.model.get_submodule(site.module), site)
+    own = [next(pieces) for i in link.operands if not term.operands[i].is_base]
+    dense = built_program(term, link).forward(weight.to(like), *own)
+    return dense.reshape(*dense.shape[: len(link.batch)], term.size(term.d_in), term.size(term.d_out))
 
 
 def _positions(term: Term, site: Site, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -134,12 +152,11 @@ def _merged_adapters(adapter: Adapter) -> list[tuple[Adapter, Merged]]:
 
 
 def _weight(adapter: Adapter, path: str) -> tuple[nn.Parameter, bool]:
-    """A module's weight, and whether it is stored (d_in, d_out), as Conv1D stores it."""
     assert adapter.attachment is not None
     module = adapter.attachment.model.get_submodule(path)
-    weight = module.weight
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.dim() != 2:
+    held = held_weight(module)
+    if held is None:
         raise AdapterError(
             f"the weight of `{path}` ({type(module).__name__}) is no plain matrix of numbers, so nothing can be merged into it"
         )
-    return weight, hasattr(module, "nf")
+    return held

@@ -37,33 +37,34 @@ class PrologueCode:
         self.graph.output(tuple(self.stacks))
         return fx.GraphModule({}, self.graph, "Prologue")
 
-    def stack(self, group: Group, term: Term, link: Link) -> tuple[int, tuple[int, ...]]:
-        """The number of a link's stack, and for every site of its group the row in it."""
+    def stacks_of(self, group: Group, term: Term, link: Link) -> list[tuple[int, tuple[int, ...]]]:
+        """The number of a link's stack, and for every site of its group the row in it; several where a site builds the link."""
         operands = [term.operands[i] for i in link.operands]
-        if len(operands) > 1:
-            return self._computed(group, term, operands, link)
-        operand = operands[0]
-        what = (operand.block.name, operand.modes, operand.sizes, operand.take, _only_key(operand), link.modes)
+        if link.at_site:
+            return [self._known(operand, None) for operand in operands if not operand.is_base]
+        return [self._computed(group, term, operands, link) if len(operands) > 1 else self._known(operands[0], link)]
+
+    def _known(self, operand: Operand, link: Link | None) -> tuple[int, tuple[int, ...]]:
+        modes = operand.modes if link is None else link.modes
+        what = (operand.block.name, operand.modes, operand.sizes, operand.take, _only_key(operand), modes, link is None)
         if what not in self.known:
             self.known[what] = self._raw(operand, link)
         number, rows = self.known[what]
         return number, tuple(rows[key] for key in operand.keys)
 
-    def _raw(self, operand: Operand, link: Link) -> tuple[int, dict[Key, int]]:
-        """A factor as it is, cast once for all of its uses."""
+    def _raw(self, operand: Operand, link: Link | None) -> tuple[int, dict[Key, int]]:
+        """A factor as it is, cast once for all of its uses, and laid out as its link wants it, if it is one by itself."""
         name = operand.block.name
         if name not in self.cast:
             self.cast[name] = self._call("to", self.inputs[name], self.dtype)
         node, keys = self._by_key(self.cast[name], operand)
-        return self._append(node, operand, link), {key: row for row, key in enumerate(keys)}
-
-    def _append(self, node: fx.Node, operand: Operand, link: Link) -> int:
-        """Lay a stack (n, *modes of the operand) out as its link wants it."""
-        order = (0, *(1 + operand.modes.index(mode) for mode in link.modes))
-        if order != tuple(range(len(order))):
-            node = self._call("permute", node, order)
-        self.stacks.append(self._laid_out(node, link, dict(zip(operand.modes, operand.sizes, strict=True))))
-        return len(self.stacks) - 1
+        if link is not None:
+            order = (0, *(1 + operand.modes.index(mode) for mode in link.modes))
+            if order != tuple(range(len(order))):
+                node = self._call("permute", node, order)
+            node = self._laid_out(node, link, dict(zip(operand.modes, operand.sizes, strict=True)))
+        self.stacks.append(node)
+        return len(self.stacks) - 1, {key: row for row, key in enumerate(keys)}
 
     def _laid_out(self, node: fx.Node, link: Link, sizes: dict[str, int]) -> fx.Node:
         if not link.is_matmul:

@@ -1,0 +1,160 @@
+"""Updates that multiply by the base weight: HiRA's W * (B A), IA3's W * u, and W between other factors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import tensorpeft as tp
+from tensorpeft.language.spec import BASE_WEIGHT
+from tensorpeft.network.lower import lower
+from tensorpeft.network.network import Network, Term
+from tensorpeft.network.shapes import Site
+from tensorpeft.planning.plan import plan
+from tensorpeft.planning.regime import Regime
+from tensorpeft.runtime.attach import attach_plan
+from tensorpeft.runtime.scan import scan
+from tests.models import inputs, randomise, run
+from tests.runtime.reference import AT_SITE, LETTERS, modes_at, stored_at, unpacked
+from tests.runtime.test_oracle import by_adapter, by_formula, errors, measured, named_factors
+from tests.structures import model
+
+HEAD = "tensorpeft: 1\ntarget: {matrices: [query, value]}\nfactors: {W0: {frozen: true}, B: {init: zeros}}\n"
+SPECS = {
+    "hira": "rank: 3\nscale: 2\nupdate: W0[d_out, d_in] * B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in]",
+    "rows": "update: B[matrix, layer, d_out] * W0[d_out, d_in]",
+    "columns": "update: W0[d_out, d_in] * B[matrix, layer, d_in]",
+    "both": "update: A[layer, d_out] * W0[d_out, d_in] * B[matrix, d_in]",
+    "parts": "modes: [d_out = o1(4) * o2, d_in = i1 * i2]\n"
+    "update: W0[d_out, d_in] * B[matrix, layer, o1, i1] * A[matrix, o2, i2]",
+    "beside another": "rank: 3\nstart: nonzero\n"
+    "update: C[matrix, layer, d_out, r] * D[layer, r, d_in] - W0[d_out, d_in] * B[layer, d_in]",
+    "masked": "rank: 3\nupdate: W0[d_out, d_in] * B[matrix, layer, d_out, r] * A[r, d_in]\n"
+    "mask: {'B[d_out]': keep(0.4), 'A[d_in]': keep(0.5)}",
+}
+
+
+def with_base(network: Network) -> Network:
+    """The network with its frozen factor W0 as the base weight."""
+
+    def term(old: Term) -> Term:
+        return replace(
+            old, operands=tuple(replace(o, factor=BASE_WEIGHT) if o.factor == "W0" else o for o in old.operands)
+        )
+
+    groups = tuple(replace(group, terms=tuple(map(term, group.terms))) for group in network.groups)
+    return replace(network, groups=groups, blocks=tuple(b for b in network.blocks if b.factor != "W0"))
+
+
+def attached(base: nn.Module, name: str, tokens: int = 4096) -> tp.Adapter:
+    network = with_base(lower(tp.load_spec(HEAD + SPECS[name]), scan(base)))
+    return attach_plan(base, plan(network, Regime(tokens)))
+
+
+def dense(base: nn.Module, adapter: tp.Adapter, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """dW of every module, each product by one einsum."""
+    blocks = {block.name: block for block in adapter.network.blocks}
+    whole = {n: f if blocks[n].kept is None else unpacked(blocks[n], f) for n, f in factors.items()}
+    found: dict[str, Tensor] = {}
+    for site in adapter.sites:
+        module = base.get_submodule(site.module)
+        rows = torch.from_numpy(site.row_indices())
+        weight = (module.weight.t() if hasattr(module, "nf") else module.weight)[rows]
+        change = at_site(adapter, whole, site, weight)
+        found.setdefault(site.module, change.new_zeros(site.module_d_out, site.d_in)).index_add_(0, rows, change)
+    return found
+
+
+def at_site(adapter: tp.Adapter, whole: dict[str, Tensor], site: Site, weight: Tensor) -> Tensor:
+    modes = modes_at(adapter, site)
+    total = torch.zeros_like(weight)
+    for product in adapter.spec.update.products:
+        names: dict[str, str] = {}
+        inputs, tensors = [], []
+        for reference in product.factors:
+            atoms = [a for m in reference.modes for a in modes.atoms(m) if a not in AT_SITE]
+            inputs.append("".join(names.setdefault(a, LETTERS[len(names)]) for a in atoms))
+            tensors.append(
+                weight.reshape([modes.sizes[a] for a in atoms])
+                if reference.factor == "W0"
+                else stored_at(adapter, whole, reference, site, modes)
+            )
+        output = "".join(names[a] for side in ("d_out", "d_in") for a in modes.atoms(side))
+        change = torch.einsum(f"{','.join(inputs)}->{output}", *tensors).reshape(weight.shape)
+        total = total + product.sign * modes.scale * change
+    return total
+
+
+@pytest.mark.parametrize("tokens", [1, 4096])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("name", SPECS)
+def test_equals_one_einsum(name: str, architecture: str, tokens: int) -> None:
+    base, x = model(architecture), inputs(architecture)
+    adapter = attached(base, name, tokens)
+    randomise(adapter)
+    leaves = {n: f.detach().clone().requires_grad_(f.requires_grad) for n, f in named_factors(adapter).items()}
+    changes = dense(base, adapter, leaves)
+    with adapter.disabled(), by_formula(base, changes):
+        truth = measured(base, x, leaves)
+    found = errors(by_adapter(base, adapter, x), truth)
+    assert max(found.values()) <= 1e-12, found
+    for path, change in changes.items():
+        assert (adapter.delta(path) - change).norm() <= 1e-12 * change.norm()
+
+
+def test_the_base_weight_is_neither_stored_nor_counted() -> None:
+    adapter = attached(model("llama"), "hira")
+    assert [name for name, _ in adapter.named_parameters()] == ["factors.B_d_out64", "factors.B_d_out32", "factors.A"]
+    assert not list(adapter.buffers())
+
+
+def test_a_merge_changes_no_base_weight_that_an_update_reads() -> None:
+    base, x = model("gpt2"), inputs("gpt2")
+    first = tp.attach(base, tp.load_spec("lora"))
+    second = attached(base, "hira")
+    randomise(first)
+    randomise(second)
+    path = second.sites[0].module
+    with torch.no_grad():
+        truth, change = run(base, x), second.delta(path)
+        first.merge()
+        assert (run(base, x) - truth).norm() <= 1e-12 * truth.norm()
+        second.merge()
+        assert torch.equal(second.delta(path), change)
+        assert (run(base, x) - truth).norm() <= 1e-12 * truth.norm()
+        second.unmerge()
+        first.unmerge()
+        assert torch.equal(run(base, x), truth)
+
+
+class Quantised(nn.Module):
+    """A linear module whose weight is no matrix of numbers."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.linear = [linear]
+        self.weight = nn.Parameter(linear.weight.detach().to(torch.int8), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear[0](x)
+
+
+def test_a_quantised_base_weight_is_refused() -> None:
+    base = model("plain")
+    base.blocks[0]["mix"] = Quantised(base.blocks[0]["mix"])
+    text = HEAD.replace("query, value", "'*.mix'") + "update: B[matrix, layer, d_out] * W0[d_out, d_in]"
+    adapter = attach_plan(base, plan(with_base(lower(tp.load_spec(text), scan(base))), Regime()))
+    message = (
+        f"adapter `{adapter.name}` multiplies by the base weight `W`, but that of `blocks.0.mix` (Quantised) "
+        "is no plain matrix of numbers"
+    )
+    with pytest.raises(tp.AdapterError) as caught:
+        run(base, inputs("llama"))
+    assert str(caught.value) == message
+    with pytest.raises(tp.AdapterError) as caught:
+        adapter.delta("blocks.0.mix")
+    assert str(caught.value) == message

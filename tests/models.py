@@ -93,3 +93,16 @@ def randomise(adapter: nn.Module, std: float = 0.3, seed: int = 2) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
+
+
+def enliven(adapter: nn.Module, seed: int = 2) -> None:
+    """Random numbers at which an update is neither lost beside the weights nor drowns them."""
+    path, task = adapter.sites[0].module, 0 if adapter.spec.tasks else None
+    weight = adapter.attachment.model.get_submodule(path).weight.float().norm()
+    std = 0.3
+    for _ in range(12):
+        randomise(adapter, std, seed)
+        ratio = adapter.delta(path, task).float().norm() / weight
+        if 0.1 <= ratio <= 1.0:
+            return
+        std *= 1.5 if ratio < 0.1 else 0.67

@@ -7,19 +7,31 @@ and viewed as their parts, and one einsum contracts everything. Only the layout 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
 import tensorpeft as tp
-from tensorpeft.language.syntax import Reference
+from tensorpeft.language.syntax import Choice, Product, Reference, Selector
 from tensorpeft.network.layout import balanced
 from tensorpeft.network.network import Block
 from tensorpeft.network.shapes import Site
 
-AT_SITE = ("matrix", "layer")
+AT_SITE = ("matrix", "layer", "expert")
+STRUCTURAL = {"head", "head_dim", "width"}
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FUNCTIONS = {
+    "sqrt": math.sqrt,
+    "min": min,
+    "max": max,
+    "ceil": math.ceil,
+    "floor": math.floor,
+    "gcd": math.gcd,
+    "mod": lambda a, b: a % b,
+}
 
 
 @dataclass(frozen=True)
@@ -37,13 +49,30 @@ class Modes:
         return math.prod(self.sizes[atom] for atom in self.atoms(mode) if atom not in AT_SITE)
 
 
+def fits(selector: Selector, site: Site) -> bool:
+    names = not selector.matrices or any(
+        fnmatchcase(site.matrix, name) or f".{site.matrix}".endswith(f".{name}") for name in selector.matrices
+    )
+    return names and (selector.layers is None or site.layer in selector.layers)
+
+
+def products_at(adapter: tp.Adapter, site: Site) -> list[Product]:
+    """The products of the last entry of ``update:`` that fits a site."""
+    products = adapter.spec.update.products
+    at = [product.at for product in products if fits(product.at, site)][-1]
+    return [product for product in products if product.at == at]
+
+
 def modes_at(adapter: tp.Adapter, site: Site) -> Modes:
     spec = adapter.spec
+    used = {m for product in products_at(adapter, site) for f in product.factors for m in f.modes}
     parts = {d.name: [part.name for part in d.parts] for d in spec.modes}
+    used |= {part for mode in used for part in parts.get(mode, ())}
     sizes = {"d_out": site.d_out, "d_in": site.d_in, "task": spec.tasks or 0}
-    if {"head", "head_dim", "width"} & {m for p in spec.update.products for f in p.factors for m in f.modes}:
+    if STRUCTURAL & used:
         side = {"*": site.head_side, **dict(spec.heads.side)}
         side = side.get(site.matrix, side["*"]) or "d_out"
+        side = next((name for name in ("d_out", "d_in") if "head" in parts.get(name, ())), side)
         count = {"*": site.heads, **dict(spec.heads.count)}
         other = "d_in" if side == "d_out" else "d_out"
         heads = count.get(site.matrix, count["*"])
@@ -53,22 +82,23 @@ def modes_at(adapter: tp.Adapter, site: Site) -> Modes:
     for _ in spec.ranks:  # each may name the others
         for name, expression in spec.ranks:
             if expression.names <= names.keys():
-                names[name] = sizes[name] = int(value(expression, names))
+                names[name] = sizes[name] = int(value(expression, names, site))
     for definition in spec.modes:
         if definition.name in ("d_out", "d_in"):
             left = sizes[definition.name]
             for part in definition.parts:
                 if part.size is not None:
-                    sizes[part.name] = int(value(part.size, names))
+                    sizes[part.name] = int(value(part.size, names, site))
                 left //= sizes.get(part.name, 1)
             free = [part.name for part in definition.parts if part.name not in sizes]
             sizes |= dict(zip(free, balanced(left, len(free)), strict=True))
-    return Modes(sizes, parts, value(spec.scale, {**names, "alpha": spec.alpha}))
+    return Modes(sizes, parts, value(spec.scale, {**names, "alpha": spec.alpha}, site))
 
 
-def value(expression: object, names: dict) -> float:
-    functions = {"sqrt": math.sqrt, "min": min, "max": max, "ceil": math.ceil, "floor": math.floor}
-    return eval(str(expression), {"__builtins__": {}}, {**names, **functions})
+def value(expression: object, names: dict, site: Site) -> float:
+    if isinstance(expression, Choice):
+        expression = [chosen for selector, chosen in expression.entries if fits(selector, site)][-1]
+    return eval(str(expression), {"__builtins__": {}}, {**names, **FUNCTIONS})
 
 
 def unpacked(block: Block, flat: Tensor) -> Tensor:
@@ -96,49 +126,86 @@ def stored_at(
     adapter: tp.Adapter, tensors: dict[str, Tensor], reference: Reference, site: Site, modes: Modes
 ) -> Tensor:
     """The tensor of a factor at a site, over the atoms of its modes."""
-    key = {"matrix": site.matrix, "layer": site.layer}
-    written = [
-        m for mode in reference.modes for m in (modes.atoms(mode) if {*modes.atoms(mode)} & {*AT_SITE} else [mode])
-    ]
+    if reference.factor == "W":
+        atoms = [modes.sizes[atom] for mode in reference.modes for atom in modes.atoms(mode)]
+        return base_weight(adapter, site).reshape(atoms)
+    written = written_modes(reference, modes)
     free = [mode for mode in written if mode not in AT_SITE]
-    mine = tuple(key[mode] for mode in AT_SITE if mode in written)
     sizes = [modes.size(mode) for mode in free]
-    blocks = [b for b in adapter.network.blocks if b.factor == reference.factor and mine in b.keys]
-    exact = [b for b in blocks if [a.size for a in b.free_axes] == sizes]
-    (block,) = exact or blocks  # with `ragged: slice` there is one, and it is larger
+    mine = tuple(getattr(site, mode) for mode in AT_SITE if mode in written)
+    block = block_of(adapter, reference.factor, mine, dict(zip(free, sizes, strict=True)))
     tensor = tensors[block.name]
     for number in reversed(range(len(block.axes))):
         axis = block.axes[number]
         if axis.labels is not None:
             tensor = tensor.select(number, axis.labels.index(label_of(axis.mode, mine, block)))
-    tensor = tensor[tuple(slice(size) for size in sizes)]
+    for number, size in enumerate(sizes):
+        if tensor.shape[number] < size:  # `group`: neighbours share an index
+            tensor = tensor.repeat_interleave(size // tensor.shape[number], number)
+        tensor = tensor.narrow(number, 0, size)  # `slice`
     return tensor.reshape([modes.sizes[atom] for mode in free for atom in modes.atoms(mode)])
+
+
+def written_modes(reference: Reference, modes: Modes) -> list[str]:
+    """The modes of a factor, a fused one that holds site modes replaced by its parts."""
+    return [m for mode in reference.modes for m in (modes.atoms(mode) if {*modes.atoms(mode)} & {*AT_SITE} else [mode])]
+
+
+def block_of(adapter: tp.Adapter, factor: str, key: tuple, sizes: dict[str, int]) -> Block:
+    """The block that a site uses: of several sizes of a mode, its own where the policy is one tensor for each."""
+    (block,) = (
+        block
+        for block in adapter.network.blocks
+        if block.factor == factor
+        and key in block.keys
+        and all(
+            axis.size == sizes[axis.mode] or adapter.spec.policy(axis.mode) in ("slice", "group")
+            for axis in block.free_axes
+        )
+    )
+    return block
+
+
+def base_weight(adapter: tp.Adapter, site: Site) -> Tensor:  # shape: (d_out, d_in)
+    """The part of its module's weight that a site stands for, from the model itself."""
+    module = adapter.attachment.model.get_submodule(site.module)
+    weight = module.weight.T if hasattr(module, "nf") else module.weight
+    return weight.detach().to(torch.float64)[torch.from_numpy(site.row_indices())]
 
 
 def site_update(adapter: tp.Adapter, tensors: dict[str, Tensor], site: Site) -> Tensor:  # shape: (tasks?, d_out, d_in)
     modes = modes_at(adapter, site)
-    task = ["task"] if adapter.spec.tasks else []
     total = 0
-    for product in adapter.spec.update.products:
-        names: dict[str, str] = {}
-        inputs = [
-            "".join(
-                names.setdefault(a, LETTERS[len(names)]) for m in f.modes for a in modes.atoms(m) if a not in AT_SITE
-            )
-            for f in product.factors
-        ]
-        opened = [a for a in (*task, *modes.atoms("d_out"), *modes.atoms("d_in")) if a in names]
-        equation = f"{','.join(inputs)}->{''.join(names[a] for a in opened)}"
-        dense = torch.einsum(equation, *(stored_at(adapter, tensors, f, site, modes) for f in product.factors))
-        dense = dense.reshape([*dense.shape[: len(task) if "task" in names else 0], site.d_out, site.d_in])
-        total = total + product.sign * dense
+    for product in products_at(adapter, site):
+        factors = [stored_at(adapter, tensors, f, site, modes) for f in product.factors]
+        total = total + product.sign * contracted(product, factors, site, modes)
     return total * modes.scale
+
+
+def contracted(product: Product, factors: list[Tensor], site: Site, modes: Modes) -> Tensor:
+    """One product as one einsum."""
+    names: dict[str, str] = {}
+
+    def letters(atoms: Iterable[str]) -> str:
+        return "".join(names.setdefault(atom, LETTERS[len(names)]) for atom in atoms if atom not in AT_SITE)
+
+    inputs = [letters(atom for mode in f.modes for atom in modes.atoms(mode)) for f in product.factors]
+    task = [atom for atom in ("task",) if atom in names]
+    output = letters([*task, *modes.atoms("d_out"), *modes.atoms("d_in")])
+    dtype = next(f.dtype for f, reference in zip(factors, product.factors, strict=True) if reference.factor != "W")
+    dense = torch.einsum(f"{','.join(inputs)}->{output}", *(factor.to(dtype) for factor in factors))
+    return dense.reshape([*dense.shape[: len(task)], site.d_out, site.d_in])
+
+
+def whole_tensors(adapter: tp.Adapter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the blocks, the masked ones unpacked."""
+    blocks = {block.name: block for block in adapter.network.blocks}
+    return {n: t if blocks[n].kept is None else unpacked(blocks[n], t) for n, t in tensors.items()}
 
 
 def updates(adapter: tp.Adapter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """dW of every module, (d_out, d_in), or (tasks, d_out, d_in) where the spec has tasks."""
-    blocks = {block.name: block for block in adapter.network.blocks}
-    whole = {n: t if blocks[n].kept is None else unpacked(blocks[n], t) for n, t in tensors.items()}
+    whole = whole_tensors(adapter, tensors)
     found: dict[str, Tensor] = {}
     for site in adapter.sites:
         change = site_update(adapter, whole, site)
@@ -146,3 +213,34 @@ def updates(adapter: tp.Adapter, tensors: dict[str, Tensor]) -> dict[str, Tensor
         rows = rows.index_add(-2, torch.from_numpy(site.row_indices()), change)
         found[site.module] = found.get(site.module, 0) + rows
     return found
+
+
+def counted(adapter: tp.Adapter) -> int:
+    """How many numbers a spec trains: of every factor, for each value of its site modes, the product of its sizes there."""
+    sizes_of: dict[tuple, set[tuple[int, ...]]] = {}
+    for site in adapter.sites:
+        modes = modes_at(adapter, site)
+        for reference in (f for product in products_at(adapter, site) for f in product.factors):
+            if reference.factor != "W" and not adapter.spec.factor(reference.factor).frozen:
+                written = written_modes(reference, modes)
+                key = tuple(getattr(site, mode) for mode in AT_SITE if mode in written)
+                free = [mode for mode in written if mode not in AT_SITE]
+                block = block_of(adapter, reference.factor, key, {mode: modes.size(mode) for mode in free})
+                kept = (None,) * len(free) if block.kept is None else block.kept[key]
+                left = tuple(
+                    modes.size(mode) if some is None else len(some) for mode, some in zip(free, kept, strict=True)
+                )
+                policies = tuple(adapter.spec.policy(mode) for mode in free)
+                sizes_of.setdefault((reference.factor, policies, key), set()).add(left)
+    return sum(_stored(policies, several) for (_, policies, _), several in sizes_of.items())
+
+
+def _stored(policies: tuple[str, ...], several: set[tuple[int, ...]]) -> int:
+    """The sizes that one key is stored at: of a mode the largest with `slice`, the smallest with `group`."""
+    pick = {"slice": max, "group": min}
+    columns = [
+        {pick[policy](column)} if policy in pick else None
+        for policy, column in zip(policies, zip(*several, strict=True), strict=True)
+    ]
+    stored = {tuple(next(iter(c)) if c else size for c, size in zip(columns, sizes, strict=True)) for sizes in several}
+    return sum(map(math.prod, stored))

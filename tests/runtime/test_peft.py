@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import peft
 import pytest
@@ -24,6 +24,11 @@ pytestmark = pytest.mark.filterwarnings(
 Values = dict[str, Tensor]
 
 
+def named(layer: nn.Module, names: dict[str, str]) -> Values:
+    """Our names of factors, and the attributes of PEFT's layer that they are."""
+    return {ours: getattr(layer, theirs)["default"] for ours, theirs in names.items()}
+
+
 def lora(layer: nn.Module) -> Values:
     return {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
 
@@ -38,13 +43,19 @@ def vera(layer: nn.Module) -> Values:
 
 
 def loha(layer: nn.Module) -> Values:
-    names = {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"}
-    return {ours: getattr(layer, theirs)["default"] for ours, theirs in names.items()}
+    return named(layer, {"B1": "hada_w1_a", "A1": "hada_w1_b", "B2": "hada_w2_a", "A2": "hada_w2_b"})
 
 
 def lokr(layer: nn.Module) -> Values:
-    names = {"W1": "lokr_w1", "W2a": "lokr_w2_a", "W2b": "lokr_w2_b"}
-    return {ours: getattr(layer, theirs)["default"] for ours, theirs in names.items()}
+    return named(layer, {"W1": "lokr_w1", "W2a": "lokr_w2_a", "W2b": "lokr_w2_b"})
+
+
+def lokr_full(layer: nn.Module) -> Values:
+    return named(layer, {"W1": "lokr_w1", "W2": "lokr_w2"})
+
+
+def lokr_both(layer: nn.Module) -> Values:
+    return named(layer, {"W1a": "lokr_w1_a", "W1b": "lokr_w1_b", "W2a": "lokr_w2_a", "W2b": "lokr_w2_b"})
 
 
 def adalora(layer: nn.Module) -> Values:
@@ -52,76 +63,85 @@ def adalora(layer: nn.Module) -> Values:
 
 
 def randlora(layer: nn.Module) -> Values:
-    """PEFT pairs A flattened over (r, n) with B flattened over (n, r): B's entries are read as (r, n) to say what it does."""
+    """PEFT pairs A flattened over (r, n) with B flattened over (n, r): B's entries are read as (r, n) to say what it does.
+
+    So matrices of other n share no B in PEFT, though it is the same tensor: each case has one n.
+    """
     a, b = layer.randlora_A["default"], layer.randlora_B["default"]
+    small, large = sorted((layer.in_features, layer.out_features))
     r, n = layer.randlora_lambda["default"].shape
     return {
-        "A": a[:, 0, : layer.in_features],
-        "B": b[: layer.out_features, :n].reshape(layer.out_features, r, n),
+        "A": a[:, 0, :small],
+        "B": b[:large, :n].reshape(large, r, n),
         "L": layer.randlora_lambda["default"],
         "G": layer.randlora_gamma["default"],
     }
 
 
+def gralora(layer: nn.Module) -> Values:
+    """PEFT's A is (input block, its features, rank), its rank cut by output block; its B's rank by input block."""
+    a, b = layer.gralora_A["default"], layer.gralora_B["default"]
+    blocks, features, rank = a.shape
+    return {
+        "A": a.reshape(blocks, features, blocks, rank // blocks).permute(2, 0, 3, 1),
+        "B": b.reshape(blocks, blocks, rank // blocks, -1).permute(0, 1, 3, 2),
+    }
+
+
 @dataclass(frozen=True)
 class Method:
-    """A method in both libraries: a spec, a config, and the factors that a layer of PEFT's comes down to."""
+    """A method in both libraries: a spec of the catalogue, a config, and the factors that a layer of PEFT's comes down to."""
 
     spec: str
     config: Callable[..., peft.PeftConfig]
     settings: dict[str, object]
     factors: Callable[[nn.Module], Values]
+    overrides: dict[str, object] = field(default_factory=dict)
 
 
-LOKR = """
-update: W1[matrix, layer, o1, i1] * W2a[matrix, layer, o2, r] * W2b[matrix, layer, r, i2]
-modes: [d_out = o1 * o2, d_in = i1 * i2]
-rank: {r: 2}
-factors: {W1: {init: zeros}}
-alpha: 5
-"""
-VERA = """
-update: b[matrix, layer, d_out] * B[d_out, r] * d[matrix, layer, r] * A[r, d_in]
-rank: {r: 6}
-factors: {A: {frozen: true}, B: {frozen: true}, d: {init: constant(0.1)}, b: {init: zeros}}
-ragged: slice
-"""
-LOHA = """
-update: B1[matrix, layer, d_out, r] * A1[matrix, layer, r, d_in] * B2[matrix, layer, d_out, s] * A2[matrix, layer, s, d_in]
-rank: {r: 3, s: 3}
-factors: {B2: {init: zeros}}
-alpha: 6
-"""  # alpha / r is 2: PEFT rounds it to float32
-ADALORA = """
-update: P[matrix, layer, d_out, r] * E[matrix, layer, r] * Q[matrix, layer, r, d_in]
-rank: {r: 3}
-factors: {E: {init: zeros}}
-alpha: 5
-scale: alpha / (r + 0.00001)
-"""
-RANDLORA = """
-update: B[d_out, r, n] * L[matrix, layer, r, n] * A[r, d_in] * G[matrix, layer, n, d_in]
-rank: {r: 7, n: 'ceil(min(d_in, d_out) / r)'}
-factors: {A: {frozen: true}, B: {frozen: true}, L: {init: zeros}}
-ragged: slice
-alpha: 5
-scale: alpha / r
-"""
+# the smaller side of a matrix is the output's: the spec of the catalogue with its sides exchanged
+TURNED = {"update": "B[d_in, r, n] * L[matrix, layer, r, n] * A[r, d_out] * G[matrix, layer, n, d_out]"}
 METHODS = {
-    "lora": Method("structure: matrix\nrank: 3\nalpha: 5", peft.LoraConfig, {"r": 3, "lora_alpha": 5}, lora),
-    "vera": Method(VERA, peft.VeraConfig, {"r": 6, "projection_prng_key": 1}, vera),
-    "loha": Method(LOHA, peft.LoHaConfig, {"r": 3, "alpha": 6}, loha),
-    "lokr": Method(LOKR, peft.LoKrConfig, {"r": 2, "alpha": 5}, lokr),
-    "adalora": Method(ADALORA, peft.AdaLoraConfig, {"init_r": 3, "lora_alpha": 5, "total_step": 1}, adalora),
-    "randlora": Method(RANDLORA, peft.RandLoraConfig, {"r": 7, "randlora_alpha": 5}, randlora),
+    "lora": Method("lora", peft.LoraConfig, {"r": 3, "lora_alpha": 5}, lora, {"rank": 3, "alpha": 5}),
+    "rslora": Method(
+        "rslora", peft.LoraConfig, {"r": 4, "lora_alpha": 5, "use_rslora": True}, lora, {"rank": 4, "alpha": 5}
+    ),
+    "vera": Method("vera", peft.VeraConfig, {"r": 6, "projection_prng_key": 1}, vera, {"rank": 6}),
+    "loha": Method(
+        "loha", peft.LoHaConfig, {"r": 3, "alpha": 6}, loha, {"rank": 3, "alpha": 6}
+    ),  # alpha / r is 2: PEFT rounds it to float32
+    "lokr": Method("lokr", peft.LoKrConfig, {"r": 2, "alpha": 5}, lokr, {"rank": 2, "alpha": 5}),
+    "lokr_full": Method("lokr_full", peft.LoKrConfig, {"r": 16, "alpha": 8}, lokr_full, {"scale": 0.5}),
+    "lokr_both": Method(
+        "lokr_both",
+        peft.LoKrConfig,
+        {"r": 2, "alpha": 5, "decompose_both": True},
+        lokr_both,
+        {"rank": 2, "alpha": 5},
+    ),
+    "adalora": Method(
+        "adalora", peft.AdaLoraConfig, {"init_r": 3, "lora_alpha": 5, "total_step": 1}, adalora, {"rank": 3, "alpha": 5}
+    ),
+    "randlora": Method(
+        "randlora", peft.RandLoraConfig, {"r": 7, "randlora_alpha": 5}, randlora, {"rank": 7, "alpha": 5}
+    ),
+    "randlora, turned": Method(
+        "randlora", peft.RandLoraConfig, {"r": 7, "randlora_alpha": 5}, randlora, {"rank": 7, "alpha": 5, **TURNED}
+    ),
+    "gralora": Method(
+        "gralora", peft.GraloraConfig, {"r": 6, "gralora_k": 2, "alpha": 5}, gralora, {"rank": 3, "alpha": 5}
+    ),
 }
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 CONV1D = ["attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 CASES = [
-    *((method, "llama", LINEAR) for method in ("lora", "vera", "loha", "lokr", "adalora")),
-    *((method, "gpt2", CONV1D) for method in ("lora", "vera", "adalora")),
-    ("randlora", "llama", ["q_proj", "up_proj"]),  # where d_in is the smaller side: the other way round is another spec
+    *((method, "llama", LINEAR) for method in METHODS if not method.startswith("randlora")),
+    *((method, "gpt2", CONV1D) for method in ("lora", "vera", "adalora", "gralora")),
+    ("randlora", "llama", ["q_proj", "up_proj"]),
     ("randlora", "gpt2", CONV1D[:2]),
+    ("randlora, turned", "llama", ["k_proj", "v_proj"]),
+    ("randlora, turned", "llama", ["down_proj"]),
+    ("randlora, turned", "gpt2", ["mlp.c_proj"]),
 ]
 
 
@@ -164,8 +184,7 @@ def compare(architecture: str, name: str, modules: list[str], part: Callable[[Si
     method, x = METHODS[name], inputs(architecture)
     other = with_peft(architecture, method, modules)
     base = model(architecture)
-    matrices = ", ".join(modules)
-    adapter = tp.attach(base, tp.load_spec(f"tensorpeft: 1\ntarget: {{matrices: [{matrices}]}}\n{method.spec}\n"))
+    adapter = tp.attach(base, tp.load_spec(method.spec, matrices=modules, **method.overrides))
     theirs = layers(other)
     assert {site.module for site in adapter.sites} == set(theirs)
     copied(adapter, theirs, method, part)
@@ -180,7 +199,7 @@ def compare(architecture: str, name: str, modules: list[str], part: Callable[[Si
         assert not torch.allclose(run(base, x), truth, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("name", "architecture", "modules"), CASES, ids=[f"{n}-{a}" for n, a, _ in CASES])
+@pytest.mark.parametrize(("name", "architecture", "modules"), CASES, ids=["-".join((n, a, *m)) for n, a, m in CASES])
 def test_equals_peft(name: str, architecture: str, modules: list[str]) -> None:
     compare(architecture, name, modules, lambda site, values: values)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -22,12 +24,15 @@ from tests.structures import CASES, STRUCTURES, model
 MEANINGLESS = re.compile("nothing joins|cannot be masked|the masks leave nothing|twice, once within")
 
 
+RANDOM = partial(randomise, std=0.5)
+
+
 @pytest.mark.parametrize(("name", "architecture"), CASES)
 def test_equals_one_einsum(name: str, architecture: str) -> None:
     check(STRUCTURES[name], architecture)
 
 
-def check(text: str, architecture: str, std: float = 0.5) -> None:
+def check(text: str, architecture: str, fill: Callable[[tp.Adapter], None] = RANDOM) -> None:
     """Start, forward, gradients, dW and merge of an adapter against the reference, by plans for few tokens and for many."""
     base, x = model(architecture), inputs(architecture)
     adapter = tp.attach(base, tp.load_spec(text))
@@ -35,7 +40,7 @@ def check(text: str, architecture: str, std: float = 0.5) -> None:
     paths = dict.fromkeys(site.module for site in adapter.sites)
     assert any(adapter.delta(path, tasks[0]).any() for path in paths) == (adapter.spec.start == "nonzero")
     start = {name: value.clone() for name, value in adapter.state_dict().items()}
-    randomise(adapter, std)
+    fill(adapter)
     dense, truth = truth_of(base, adapter, x)
     found = errors(by_adapter(base, adapter, x), truth)
     assert max(found.values()) <= 1e-12, found
@@ -138,4 +143,4 @@ def test_a_random_network_equals_one_einsum(text: str) -> None:
         if MEANINGLESS.search(str(error)):
             reject()
         raise
-    check(text, "plain", 0.2)
+    check(text, "plain", partial(randomise, std=0.2))

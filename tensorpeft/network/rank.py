@@ -6,7 +6,7 @@ from math import log
 
 import networkx as nx
 
-from tensorpeft.language.spec import SITE_MODES
+from tensorpeft.network.graph import graph, modes
 from tensorpeft.network.network import Group, Network, Term
 
 
@@ -27,17 +27,15 @@ def minimum_cut(term: Term) -> tuple[str, ...]:
     Factors and modes are the two kinds of nodes of one graph. Cutting a mode costs the logarithm of its size, however many
     factors carry it (a copy tensor is cut once); factors cannot be cut. Site modes are fixed at a site and do not count.
     """
-    graph = nx.DiGraph()
-    modes = sorted({mode for operand in term.operands for mode in operand.modes} - {*SITE_MODES, "task"})
-    for mode in modes:
-        graph.add_edge(("in", mode), ("out", mode), capacity=log(term.sizes[mode]))
-    for number, operand in enumerate(term.operands):
-        for mode in sorted({*modes}.intersection(operand.modes)):
-            graph.add_edge(("out", mode), number)
-            graph.add_edge(number, ("in", mode))
-    for mode in term.d_in:
-        graph.add_edge("input", ("in", mode))
-    for mode in term.d_out:
-        graph.add_edge(("out", mode), "output")
-    reachable = nx.minimum_cut(graph, "input", "output")[1][0]
-    return tuple(m for m in modes if ("in", m) in reachable and ("out", m) not in reachable)
+    network = graph(term)
+    cuttable = sorted(modes(network, "input", "output", "bond"))
+    flow = nx.DiGraph()
+    for mode in cuttable:
+        flow.add_edge(("in", mode), ("out", mode), capacity=log(term.sizes[mode]))
+        for factor in network.neighbors(mode):
+            flow.add_edge(("out", mode), factor)
+            flow.add_edge(factor, ("in", mode))
+    flow.add_edges_from(("input", ("in", mode)) for mode in term.d_in)
+    flow.add_edges_from((("out", mode), "output") for mode in term.d_out)
+    reachable = nx.minimum_cut(flow, "input", "output")[1][0]
+    return tuple(m for m in cuttable if ("in", m) in reachable and ("out", m) not in reachable)

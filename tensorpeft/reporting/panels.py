@@ -1,0 +1,123 @@
+"""Network -> panels: each product of the update as a graph, and where its factors and modes stand in a picture.
+
+The input's modes are in the first column; every other node is as many columns further as it is edges away from them. Factors and
+modes take turns, so every edge is between neighbouring columns. Modes that are bound from outside (sites, tasks) are in
+no column: they are rails below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import networkx as nx
+
+from tensorpeft.network.graph import graph, modes
+from tensorpeft.network.network import Network, Operand, Term
+from tensorpeft.network.rank import minimum_cut
+from tensorpeft.network.shapes import Site
+
+Node = int | str  # a factor's position in its product, or a mode's name
+_SWEEPS = 6
+
+
+@dataclass(frozen=True)
+class Panel:
+    """A product of the update, at all sites where it is the same graph."""
+
+    sign: int
+    graph: nx.Graph  # of the first of its groups
+    cut: frozenset[str]  # a minimum cut, where it is widest
+    sites: tuple[Site, ...]
+    sizes: dict[str, tuple[int, ...]]  # of every mode: several where it is ragged
+    counts: tuple[int, ...]  # how many numbers each factor has, at all of these sites together
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        return tuple(operand for _, operand in self.graph.nodes(data="operand") if operand is not None)
+
+    @property
+    def edges(self) -> tuple[tuple[int, str], ...]:
+        """Which factor carries which mode."""
+        return tuple((at, mode) for at in range(len(self.counts)) for mode in self.graph.neighbors(at))
+
+    @property
+    def rails(self) -> tuple[str, ...]:
+        """The modes that are bound from outside."""
+        return tuple(modes(self.graph, "site", "task"))
+
+
+def panels(network: Network) -> tuple[Panel, ...]:
+    """The products of a network, those of equal graphs as one."""
+    alike: dict[Any, list[tuple[Term, tuple[Site, ...]]]] = {}
+    for group in network.groups:
+        for term in group.terms:
+            factors = tuple((o.factor, o.modes, o.site_modes) for o in term.operands)
+            alike.setdefault((term.sign, factors, term.d_out, term.d_in), []).append((term, group.sites))
+    return tuple(map(_panel, alike.values()))
+
+
+def _panel(members: list[tuple[Term, tuple[Site, ...]]]) -> Panel:
+    terms = [term for term, _ in members]
+    first = graph(terms[0])
+    widest = max(terms, key=lambda term: term.size(minimum_cut(term)))
+    sizes = {mode: tuple(sorted({term.sizes[mode] for term in terms})) for mode in terms[0].sizes}
+    for mode in modes(first, "site"):
+        sizes[mode] = (len({getattr(site, mode) for _, sites in members for site in sites}),)
+    blocks = [
+        {o[at].block.name: o[at].block for o in (term.operands for term in terms)}
+        for at in range(len(terms[0].operands))
+    ]
+    return Panel(
+        sign=terms[0].sign,
+        graph=first,
+        cut=frozenset(mode for mode in minimum_cut(widest) if widest.sizes[mode] > 1),
+        sites=tuple(site for _, sites in members for site in sites),
+        sizes=sizes,
+        counts=tuple(sum(block.count for block in each.values()) for each in blocks),
+    )
+
+
+def columns(panel: Panel) -> list[list[Node]]:
+    """The nodes of every column, from top to bottom, so that few edges cross."""
+    inner = panel.graph.subgraph(node for node in panel.graph if node not in panel.rails)
+    distance = _distances(inner, modes(panel.graph, "input"))
+    found: list[list[Node]] = [[] for _ in range(max(distance.values()) + 1)]
+    for node, at in distance.items():
+        found[at].append(node)
+    for _ in range(_SWEEPS):
+        for before, column in pairwise(found):
+            _arrange(column, before, inner)
+        for after, column in pairwise(reversed(found)):
+            _arrange(column, after, inner)
+    return found
+
+
+def _distances(inner: nx.Graph, sources: Iterable[Node]) -> dict[Node, int]:
+    """Edges from the nearest source; what no source reaches begins a row of its own."""
+    distance: dict[Node, int] = dict(nx.multi_source_dijkstra_path_length(inner, set(sources)))
+    for node in inner:
+        if node not in distance:
+            start = 1 if isinstance(node, int) else 0
+            lengths = nx.single_source_shortest_path_length(inner, node)
+            distance |= {other: start + length for other, length in lengths.items()}
+    return {node: distance[node] for node in inner}
+
+
+def _arrange(column: list[Node], beside: list[Node], inner: nx.Graph) -> None:
+    """Sort a column by the mean height of its neighbours in the column beside it."""
+    height = heights(beside)
+    now = heights(column)
+
+    def wanted(node: Node) -> float:
+        near = [height[other] for other in inner.neighbors(node) if other in height]
+        return sum(near) / len(near) if near else now[node]
+
+    column.sort(key=wanted)
+
+
+def heights(column: list[Node]) -> dict[Node, float]:
+    """Rows above or below the middle of the picture."""
+    return {node: at - (len(column) - 1) / 2 for at, node in enumerate(column)}

@@ -2,14 +2,18 @@
 
 A table is data. ``sizes`` and ``switches`` are rules over the config's keys (`network.sizes`), of which the sizes are
 published; ``config`` gives keys that a config may lack. ``matrices`` say, for each role, which module holds it, its two
-sides, which side the heads split and, for a part of a fused module, which rows. ``reads`` lists the roles that read the
-very same tensor. ``linears`` are the modules outside the layers; these, ``parameters``, ``classes`` and ``uncounted``
-(keys or switches) serve to count the parameters.
-A table that is ``like:`` another has all its keys, but for those it gives itself.
+sides, which side the heads split and, for a part of a fused module, which rows; for a parameter that the module reads
+by itself, its name, and over how many experts it goes. ``reads`` lists the roles that read the very same tensor,
+``uncalled`` modules whose weight is read by the module around them, ``unused`` those whose weight is tied to that of
+another, which the model uses instead. ``modules`` are those outside the layers. These,
+``norms`` (all normalisation layers), ``parameters`` (what is left), ``classes`` and ``uncounted`` (keys or switches)
+serve to count the parameters. A table that is ``like:`` another has all its entries, but for those it gives itself;
+``null`` takes an entry away.
 
 A model of several stacks (encoder and decoder, two towers) has the stack, and the attention where there are two kinds,
 in front of the role: ``encoder.query``, ``decoder.query``, ``decoder.cross.query``. Its matrices may give ``layers`` of
-their own. A config inside the config is read with its name in front: ``text_config_hidden_size``.
+their own, and ``first``, the number of the first. A config inside the config is read with its name in front:
+``text_config_hidden_size``, a list with each position behind it: ``depths_0``.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import yaml
 
 from tensorpeft.language.catalogue import data_folder
 from tensorpeft.language.errors import ModelError, did_you_mean, listing
-from tensorpeft.network.shapes import Rows
+from tensorpeft.network.shapes import Rows, weight_path
 from tensorpeft.network.sizes import MAX_SIZE, Sizes
 
 MAX_LAYERS = 10_000
@@ -39,9 +43,12 @@ class Matrix:
     modules: tuple[str, ...]  # templates with `{layer}`; the first is the present name, others are former ones
     d_out: int
     d_in: int
-    layers: int  # how many layers have it
-    n_parameters: int  # of the weight and, where there is one, the bias
-    called: bool = True  # else the model reads the weight itself: an update of the module's output would have no effect
+    layers: range  # which layers have it
+    bias: int  # 1 or 0
+    kind: str = "linear"
+    parameter: str | None = None
+    experts: int | None = None
+    transposed: bool = False
     heads: int | None = None
     head_side: str | None = None
     rows: Rows | None = None
@@ -50,7 +57,7 @@ class Matrix:
     @property
     def module_d_out(self) -> int:
         """The outputs of the whole module, of which this matrix may be a part."""
-        return self.d_out if self.rows is None else self.d_out // self.rows.count * self.rows.period
+        return self.d_out if self.rows is None else self.rows.whole(self.d_out)
 
 
 @dataclass(frozen=True)
@@ -60,14 +67,24 @@ class Architecture:
     family: str
     sizes: tuple[tuple[str, int], ...]
     matrices: tuple[Matrix, ...]
+    uncalled: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
 
-    def find(self, module: str) -> tuple[int, tuple[Matrix, ...]] | None:
-        """The layer and the matrices of a module whose path ends as a template does; None where none fits."""
+    def find(self, path: str) -> tuple[int, tuple[Matrix, ...]] | None:
+        """The layer and the matrices of a weight whose path ends as a template does; None where none fits."""
         for pattern, tails in self._patterns:
-            found = pattern.fullmatch(module)
+            found = pattern.fullmatch(path)
             if found and (matrices := tails.get(found[2])):
                 return int(found[1]), matrices
         return None
+
+    def is_read(self, path: str) -> bool:
+        """Whether a module's weight is read, and the module never called."""
+        return f".{path}".endswith(tuple(f".{ending}" for ending in self.uncalled))
+
+    def is_unused(self, path: str) -> bool:
+        """Whether a module does nothing."""
+        return f".{path}".endswith(tuple(f".{ending}" for ending in self.unused))
 
     @cached_property
     def _patterns(self) -> tuple[tuple[re.Pattern[str], dict[str, tuple[Matrix, ...]]], ...]:
@@ -75,7 +92,7 @@ class Architecture:
         heads: dict[str, dict[str, tuple[Matrix, ...]]] = {}
         for matrix in self.matrices:
             for template in matrix.modules:
-                head, tail = template.split("{layer}")
+                head, tail = weight_path(template, matrix.parameter).split("{layer}")
                 tails = heads.setdefault(head, {})
                 tails[tail] = (*tails.get(tail, ()), matrix)
         return tuple((re.compile(rf"(?:.*\.)?{re.escape(head)}(\d+)(.+)"), tails) for head, tails in heads.items())
@@ -97,7 +114,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     entries = {role: entry for role, entry in table["matrices"].items() if sizes.value(entry.get("if", 1))}
     reads = {role: together[0] for together in table.get("reads", ()) for role in together}
     matrices = tuple(_matrix(role, entry, sizes, reads.get(role)) for role, entry in entries.items())
-    return Architecture(config["model_type"], published, matrices)
+    uncalled, unused = (tuple(table.get(key, ())) for key in ("uncalled", "unused"))
+    return Architecture(config["model_type"], published, matrices, uncalled, unused)
 
 
 def put(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sizes]:
@@ -119,13 +137,25 @@ def read_yaml(path: Path) -> dict[str, Any]:
 @cache
 def _table(family: str) -> Mapping[str, Any]:
     table = read_yaml(data_folder("specs") / "models" / "families" / f"{family}.yaml")
-    return {**_table(table["like"]), **table} if "like" in table else table
+    return _over(_table(table["like"]), table) if "like" in table else table
+
+
+def _over(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """A table's keys over those of the one it is like: mappings entry by entry, and ``null`` takes an entry away."""
+    both = {**old, **new}
+    for key, entries in both.items():
+        if isinstance(entries, Mapping) and isinstance(old.get(key), Mapping):
+            both[key] = {name: entry for name, entry in {**old[key], **entries}.items() if entry is not None}
+    return both
 
 
 def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the keys of the configs inside it: ``text_config: {hidden_size: 8}`` gives ``text_config_hidden_size``."""
-    inside = {key: part for key, part in config.items() if isinstance(part, Mapping)}
-    return {**{f"{key}_{inner}": value for key, part in inside.items() for inner, value in part.items()}, **config}
+    """A config with what is inside its parts: ``text_config: {hidden_size: 8}`` gives ``text_config_hidden_size``."""
+    flat: dict[str, Any] = {}
+    for key, part in config.items():
+        inside = part.items() if isinstance(part, Mapping) else enumerate(part) if isinstance(part, list) else ()
+        flat |= {f"{key}_{inner}": value for inner, value in inside}
+    return {**flat, **config}
 
 
 def _sensible(name: str, size: int) -> int:
@@ -139,14 +169,18 @@ def _matrix(role: str, entry: Mapping[str, Any], sizes: Sizes, reads: str | None
     d_out, d_in = sizes.value(entry["d_out"]), sizes.value(entry["d_in"])
     ((side, heads),) = entry["heads"].items() if "heads" in entry else ((None, None),)
     rows = {"count": d_out, **entry["rows"]} if "rows" in entry else None
+    first, layers = sizes.value(entry.get("first", 0)), sizes.value(entry.get("layers", "layers"))
     return Matrix(
         role=role,
         modules=(entry["module"],) if isinstance(entry["module"], str) else tuple(entry["module"]),
         d_out=d_out,
         d_in=d_in,
-        layers=_sensible("layers", sizes.value(entry.get("layers", "layers"))),
-        n_parameters=d_out * (d_in + sizes.value(entry.get("bias", 0))),
-        called=entry.get("called", True),
+        layers=range(first, first + _sensible("layers", layers)),
+        bias=sizes.value(entry.get("bias", 0)),
+        kind=entry.get("kind", "parameter" if "parameter" in entry else "linear"),
+        parameter=entry.get("parameter"),
+        experts=sizes.value(entry["experts"]) if "experts" in entry else None,
+        transposed=entry.get("transposed", False),
         heads=sizes.value(heads) if heads else None,
         head_side=side,
         rows=Rows(**{key: sizes.value(rule) for key, rule in rows.items()}) if rows else None,

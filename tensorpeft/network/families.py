@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tensorpeft.language.catalogue import data_folder
 from tensorpeft.language.errors import ModelError, did_you_mean, listing
 from tensorpeft.network.architecture import Architecture, architecture, put, read_yaml
-from tensorpeft.network.shapes import Linear, ModelShape
+from tensorpeft.network.shapes import Linear, ModelShape, Parameter
 from tensorpeft.network.sites import resolve
 from tensorpeft.network.sizes import Sizes
 
@@ -69,18 +70,18 @@ def _shape(name: str, config: Mapping[str, Any], where: str) -> ModelShape:
         table, sizes = put(config)
         _refuse_uncounted(table, config, sizes)
         model_class, added = _class(table, config)
-        start = f"{added['prefix']}." if "prefix" in added else ""
-        outside = _outside(table, start, added, sizes)
+        prefix = "" if model_class.startswith(f"{table['stem']}Model") else table.get("prefix", "")
+        start = f"{prefix}." if prefix else ""
+        weights = [*_inside(known, start), *_outside(table, added, start, sizes)]
+        others = [*_others(table, frozenset(), sizes), *_others(added, frozenset({"head"}), sizes)]
         return ModelShape(
             name=name,
-            sites=resolve((*_inside(known, start), *outside), known),
+            sites=resolve([weight.linear for weight in weights], known),
             sizes=known.sizes,
-            n_parameters=sizes.value(table["parameters"])
-            + sum(matrix.layers * matrix.n_parameters for matrix in known.matrices)
-            + sum(outside.values())
-            + sizes.value(added.get("parameters", 0)),
+            n_parameters=sum(weight.count for weight in weights) + sum(other.count for other in others),
             family=known.family,
             model_class=model_class,
+            parameters=(*(each for weight in weights for each in weight.parameters), *others),
         )
     except ModelError as reason:
         raise ModelError(f"{where}: {reason}") from None
@@ -100,22 +101,66 @@ def _class(table: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, Ma
     return (first, classes[first]) if first in classes else next(iter(classes.items()))
 
 
-def _inside(known: Architecture, start: str) -> tuple[Linear, ...]:
-    """The linear modules of the layers, by their present names; the parts of a fused one are one module."""
-    modules = (
-        Linear(start + matrix.modules[0].format(layer=layer), matrix.module_d_out, matrix.d_in)
-        for matrix in known.matrices
-        for layer in range(matrix.layers)
-    )
-    return tuple(dict.fromkeys(modules))
+@dataclass(frozen=True)
+class _Weight:
+    """A weight, with or without a bias, that counts as a parameter unless it is tied to another."""
+
+    linear: Linear
+    bias: int
+    tied: int = 0
+    kinds: frozenset[str] = frozenset()
+
+    @property
+    def n_weights(self) -> int:
+        return self.linear.module_d_out * self.linear.d_in * (self.linear.experts or 1)
+
+    @property
+    def n_biases(self) -> int:
+        return self.linear.module_d_out * self.bias * (self.linear.experts or 1)
+
+    @property
+    def count(self) -> int:
+        return self.n_weights * (1 - self.tied) + self.n_biases
+
+    @property
+    def parameters(self) -> Iterator[Parameter]:
+        is_module = self.linear.parameter in (None, "weight")
+        weight, bias = (".weight", ".bias") if is_module else ("", "_bias")
+        yield Parameter(self.linear.path + weight, self.n_weights, self.kinds)
+        if self.bias:
+            yield Parameter(self.linear.path + bias, self.n_biases, self.kinds | {"biases"})
 
 
-def _outside(table: Mapping[str, Any], start: str, added: Mapping[str, Any], sizes: Sizes) -> dict[Linear, int]:
-    """The linear modules outside the layers, those of the body first, and the parameters of each; tied weights count once."""
-    entries = {start + module: entry for module, entry in table.get("linears", {}).items()} | added.get("linears", {})
-    found = {}
-    for module, entry in entries.items():
-        if sizes.value(entry.get("if", 1)):
-            d_out, d_in, tied, bias = (sizes.value(entry.get(key, 0)) for key in ("d_out", "d_in", "tied", "bias"))
-            found[Linear(module, d_out, d_in)] = d_out * (d_in * (1 - tied) + bias)
-    return found
+def _inside(known: Architecture, start: str) -> Iterable[_Weight]:
+    """The weights in the layers, by their present names; the parts of a fused one are one."""
+    found: dict[str, _Weight] = {}
+    for matrix in known.matrices:
+        for layer in matrix.layers:
+            module = start + matrix.modules[0].format(layer=layer)
+            linear = Linear(
+                module, matrix.module_d_out, matrix.d_in, matrix.kind, matrix.parameter,
+                experts=matrix.experts, transposed=matrix.transposed,
+            )  # fmt: skip
+            found.setdefault(linear.path, _Weight(linear, matrix.bias))
+    return found.values()
+
+
+def _outside(table: Mapping[str, Any], added: Mapping[str, Any], start: str, sizes: Sizes) -> Iterator[_Weight]:
+    """The weights outside the layers: those of the body, then those of the class, of which a dot in front says the body's."""
+    entries = {f".{module}": entry for module, entry in table.get("modules", {}).items()} | added.get("modules", {})
+    for path, entry in entries.items():
+        if not sizes.value(entry.get("if", 1)):
+            continue
+        d_out, d_in, tied, bias = (sizes.value(entry.get(key, 0)) for key in ("d_out", "d_in", "tied", "bias"))
+        in_body = path.startswith(".")
+        module = start + path[1:] if in_body else path
+        kind, parameter = entry.get("kind", "linear"), entry.get("parameter")
+        linear = Linear(module, d_out, d_in, kind, parameter, transposed=bool(entry.get("transposed")))
+        yield _Weight(linear, bias, tied, frozenset() if in_body else frozenset({"head"}))
+
+
+def _others(entries: Mapping[str, Any], kinds: frozenset[str], sizes: Sizes) -> Iterator[Parameter]:
+    """Parameters that are no site's."""
+    for name, more in (("norms", {"norms"}), ("parameters", set())):
+        if count := sizes.value(entries.get(name, 0)):
+            yield Parameter(name, count, kinds | more)

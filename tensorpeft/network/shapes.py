@@ -20,14 +20,47 @@ class Rows:
     count: int
     period: int
 
+    def whole(self, d_out: int) -> int:
+        """The outputs of the module, of which ``d_out`` are the matrix's."""
+        return d_out // self.count * self.period
+
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear module of a model, whatever its class and however its weight is laid out."""
+    """A weight that acts as a matrix, or a part of one, before it is known which matrix of which layer it is."""
 
-    module: str
+    module: str  # whose forward uses it
     d_out: int
     d_in: int
+    kind: str = "linear"  # see Site
+    parameter: str | None = None
+    part: str | None = None  # its name among several that one module holds: "query"
+    heads: int | None = None
+    head_side: str | None = None
+    rows: Rows | None = None
+    experts: int | None = None  # how many such matrices its parameter stacks
+    transposed: bool = False
+    reads: str | None = None
+
+    @property
+    def path(self) -> str:
+        """Where the weight is: the module's path, of a parameter its own."""
+        return weight_path(self.module, self.parameter)
+
+    @property
+    def module_d_out(self) -> int:
+        """How many outputs the whole weight has."""
+        return self.d_out if self.rows is None else self.rows.whole(self.d_out)
+
+    @property
+    def name(self) -> str:
+        """The path that it is named by where no family does."""
+        return self.path if self.part is None else f"{self.module}.{self.part}".removeprefix(".")
+
+
+def weight_path(module: str, parameter: str | None) -> str:
+    """``experts`` and ``gate_up_proj`` give ``experts.gate_up_proj``; ``attn`` and ``out_proj.weight`` give ``attn.out_proj``."""
+    return module if parameter is None else f"{module}.{parameter}".removesuffix(".weight").removeprefix(".")
 
 
 def is_named(matrix: str, name: str) -> bool:
@@ -37,7 +70,12 @@ def is_named(matrix: str, name: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place where an update can land: a linear module, or a part of a fused one."""
+    """A place where an update can land: a linear module, or a part of a fused one.
+
+    Other weights act as matrices too, and a site's ``kind`` says how: a convolution (without groups) on the unfolded input, an
+    embedding on one-hot vectors, and a parameter that a forward reads by itself as the matrix that it is, or as one for each
+    expert.
+    """
 
     module: str  # path in the model, "model.layers.0.self_attn.q_proj"
     matrix: str  # the role where the family is known, behind its stack if there are several; else the module's own name
@@ -49,8 +87,19 @@ class Site:
     rows: Rows | None = None  # None: the whole module
     expert: int | None = None  # of several matrices in one 3-D parameter, or of a layer's expert modules: which one
     kind: str = "linear"  # linear | conv (d_in = channels * kernel) | embedding (d_in = vocabulary) | parameter
-    parameter: str | None = None  # of kind `parameter`: its name in the module
+    parameter: str | None = None  # of kind `parameter`: its path from the module, whose forward reads it
     reads: str | None = None  # sites of one layer with the same name here read the very same tensor
+    transposed: bool = False  # of kind `parameter`: it is stored (d_in, d_out), behind the experts if there are several
+
+    @property
+    def path(self) -> str:
+        """Where the weight is: the module's path, of a parameter its own."""
+        return weight_path(self.module, self.parameter)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is (a part of) a linear module: no convolution, no embedding, no experts, no router."""
+        return self.kind == "linear"
 
     @property
     def key(self) -> Key:
@@ -64,7 +113,7 @@ class Site:
     @property
     def module_d_out(self) -> int:
         """How many outputs the whole module has."""
-        return self.d_out if self.rows is None else self.rows.period * (self.d_out // self.rows.count)
+        return self.d_out if self.rows is None else self.rows.whole(self.d_out)
 
     def row_indices(self) -> np.ndarray:  # shape: (d_out,)
         """Which of the module's outputs belong to this site."""
@@ -76,16 +125,26 @@ class Site:
     @property
     def stack(self) -> str | None:
         """The path up to the layer's number (``model.layers``); None for a module in no layer, an output head."""
-        before, found, _ = f".{self.module}.".partition(f".{self.layer}.")
+        before, found, _ = f".{self.path}.".partition(f".{self.layer}.")
         return before[1:] if found else None
 
     def __str__(self) -> str:
-        return f"{self.matrix} of layer {self.layer} ({self.module})"
+        expert = "" if self.expert is None else f", expert {self.expert},"
+        return f"{self.matrix} of layer {self.layer}{expert} ({self.path})"
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A parameter of the base. Where only a config is known, ``norms`` and the like stand for all of their kind."""
+
+    path: str
+    count: int
+    kinds: frozenset[str] = frozenset()  # the words of `train:` that mean it: biases, norms, head
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """A model's adaptable sites, its named sizes, and the number of its parameters."""
+    """A model's adaptable sites, its named sizes, and its parameters."""
 
     name: str
     sites: tuple[Site, ...]
@@ -93,3 +152,4 @@ class ModelShape:
     n_parameters: int
     family: str | None = None  # the model type whose table gave the roles
     model_class: str | None = None  # the class that `n_parameters` counts, "LlamaForCausalLM"
+    parameters: tuple[Parameter, ...] = ()  # those that are tied once for each module, so they may add up to more

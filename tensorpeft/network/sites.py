@@ -1,41 +1,46 @@
-"""Linear modules -> sites: each gets the name of its matrix and the number of its layer."""
+"""The weights of a model -> sites: each gets the name of its matrix and the number of its layer."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
+from dataclasses import replace
+from itertools import pairwise
 
 from tensorpeft.language.errors import ModelError
 from tensorpeft.network.architecture import Architecture, Matrix
 from tensorpeft.network.shapes import Key, Linear, Site
 
 
-def resolve(linears: Sequence[Linear], architecture: Architecture | None) -> tuple[Site, ...]:
+def resolve(linears: Iterable[Linear], architecture: Architecture | None) -> tuple[Site, ...]:
     """The sites of a model, matrix by matrix, each from its first layer to its last.
 
-    Modules that the family knows have the family's roles, in its order. Every other module is named by its path: its
-    layer is the first integer in the path that differs between modules of otherwise equal paths (the first integer if
-    none does, 0 if there is none), its matrix the path without that integer, cut to the shortest dotted ending that
-    begins with a name, is no role, and is no other matrix's ending. A module that the model never calls is no site.
+    Weights that the family knows have the family's roles, in its order. Every other one is named by its path: its expert is the
+    integer behind a name such as ``experts``, its layer the first other integer in the path that differs between weights
+    of otherwise equal paths (the first integer if none does, 0 if there is none), its matrix the path without these, cut to the
+    shortest dotted ending that begins with a name, is no role, and is no other matrix's ending. A module that the
+    family never calls is a parameter of the module that reads it.
 
     Raises:
-        ModelError: a module has other sides than its family's table says, or two modules have one role and layer.
+        ModelError: a weight has other sides than its family's table says, or two have one role, layer and expert.
     """
-    named = _names([linear.module for linear in linears], architecture)
+    if architecture:
+        used = (linear for linear in linears if not architecture.is_unused(linear.path))
+        linears = [_read(linear) if architecture.is_read(linear.path) else linear for linear in used]
+    linears = list(linears)
+    named = _names([linear.name for linear in linears], architecture)
     sites: dict[Key, Site] = {}
+    known: set[str] = set()  # paths of weights whose parts are the family's
     for linear in linears:
-        found = architecture and architecture.find(linear.module)
-        if found:
-            layer, matrices = found
-            parts = [_part(linear, layer, matrix) for matrix in matrices if matrix.called]
+        found = architecture and architecture.find(linear.path)
+        if not found:
+            parts = _unknown(linear, *named[linear.name], sites)
         else:
-            matrix, layer = named[linear.module]
-            key_is_free = (matrix, layer) not in sites
-            parts = [Site(linear.module, matrix if key_is_free else linear.module, layer, linear.d_out, linear.d_in)]
+            parts = [] if linear.path in known else [s for matrix in found[1] for s in _known(linear, found[0], matrix)]
+            known.add(linear.path)
         for site in parts:
             if site.key in sites:
-                other = sites[site.key].module
-                raise ModelError(f"`{other}` and `{site.module}` are both `{site.matrix}` of layer {site.layer}")
+                raise ModelError(f"`{sites[site.key].path}` and `{site.path}` are both {_place(site)}")
             sites[site.key] = site
     return in_order(sites.values(), [matrix.role for matrix in architecture.matrices] if architecture else ())
 
@@ -44,24 +49,68 @@ def in_order(sites: Iterable[Site], first: Iterable[str] = ()) -> tuple[Site, ..
     """Sites by matrix and layer: the matrices in the given order, then as they come."""
     sites = list(sites)
     rank = {matrix: at for at, matrix in enumerate(dict.fromkeys((*first, *(site.matrix for site in sites))))}
-    return tuple(sorted(sites, key=lambda site: (rank[site.matrix], site.layer)))
+    return tuple(sorted(sites, key=lambda site: (rank[site.matrix], site.layer, site.expert or 0)))
 
 
-def _part(linear: Linear, layer: int, matrix: Matrix) -> Site:
-    found, expected = (linear.d_out, linear.d_in), (matrix.module_d_out, matrix.d_in)
+def _place(site: Site) -> str:
+    expert = "" if site.expert is None else f", expert {site.expert}"
+    return f"`{site.matrix}` of layer {site.layer}{expert}"
+
+
+def _read(linear: Linear) -> Linear:
+    """A weight that is no module's to call, but is read by the module around it."""
+    module, _, name = linear.module.rpartition(".")
+    transposed = linear.kind == "embedding"
+    return replace(linear, module=module, kind="parameter", parameter=f"{name}.weight", transposed=transposed)
+
+
+def _unknown(linear: Linear, matrix: str, layer: int, expert: int | None, others: Container[Key]) -> list[Site]:
+    """The sites of a weight that no family knows: one, or one for each expert."""
+    experts: Iterable[int | None] = (expert,) if linear.experts is None else range(linear.experts)
+    sites = [_site(linear, matrix, layer, each, linear) for each in experts]
+    return [site if site.key not in others else replace(site, matrix=linear.name) for site in sites]
+
+
+def _known(linear: Linear, layer: int, matrix: Matrix) -> list[Site]:
+    """The sites of a role in a weight that the family knows: one, or one for each expert."""
+    found = linear.module_d_out, linear.d_in, linear.experts
+    expected = matrix.module_d_out, matrix.d_in, matrix.experts
     if found != expected:
         raise ModelError(
-            f"`{linear.module}` is {found[0]} x {found[1]} (d_out x d_in), "
-            f"but by the model's config the module of `{matrix.role}` is {expected[0]} x {expected[1]}"
+            f"`{linear.path}` is {_sides(*found)} (d_out x d_in), "
+            f"but by the model's config the module of `{matrix.role}` is {_sides(*expected)}"
         )
-    sides = matrix.d_out, matrix.d_in
-    heads = matrix.heads, matrix.head_side
-    return Site(linear.module, matrix.role, layer, *sides, *heads, matrix.rows, reads=matrix.reads)
+    experts: Iterable[int | None] = (None,) if linear.experts is None else range(linear.experts)
+    return [_site(linear, matrix.role, layer, each, matrix) for each in experts]
 
 
-def _names(modules: Sequence[str], architecture: Architecture | None) -> dict[str, tuple[str, int]]:
-    """For each module path: the name of its matrix and the number of its layer, by the path alone."""
-    located = _layers(modules)
+def _sides(d_out: int, d_in: int, experts: int | None) -> str:
+    return f"{d_out} x {d_in}" if experts is None else f"{experts} of {d_out} x {d_in}"
+
+
+def _site(linear: Linear, matrix: str, layer: int, expert: int | None, said: Linear | Matrix) -> Site:
+    """The weight's own matter from the model, the matrix's from whoever knows it."""
+    return Site(
+        module=linear.module,
+        matrix=matrix,
+        layer=layer,
+        d_out=said.d_out,
+        d_in=linear.d_in,
+        heads=said.heads,
+        head_side=said.head_side,
+        rows=said.rows,
+        expert=expert,
+        kind=linear.kind,
+        parameter=linear.parameter,
+        reads=said.reads,
+        transposed=linear.transposed,
+    )
+
+
+def _names(paths: Sequence[str], architecture: Architecture | None) -> dict[str, tuple[str, int, int | None]]:
+    """For each path: the name of its matrix, the number of its layer and that of its expert, by the path alone."""
+    experts = {path: _expert(path) for path in paths}
+    located = _layers(list(dict.fromkeys(rest for rest, _ in experts.values())))
     roles = {matrix.role for matrix in architecture.matrices} if architecture else set()
     endings = {name: _endings(name) for name in {name for name, _ in located.values()}}
     count = Counter(ending for each in endings.values() for ending in each)
@@ -69,7 +118,19 @@ def _names(modules: Sequence[str], architecture: Architecture | None) -> dict[st
         name: next((ending for ending in each if count[ending] == 1 and ending not in roles), name)
         for name, each in endings.items()
     }
-    return {module: (short[name], layer) for module, (name, layer) in located.items()}
+    named = ((path, *located[rest], expert) for path, (rest, expert) in experts.items())
+    return {path: (short[name], layer, expert) for path, name, layer, expert in named}
+
+
+def _expert(path: str) -> tuple[str, int | None]:
+    """``mlp.experts.3.up`` -> ``mlp.experts.up``, 3."""
+    parts = path.split(".")
+    at = next((at for at, (before, part) in enumerate(pairwise(parts), 1) if _is_expert(before, part)), None)
+    return (path, None) if at is None else (".".join([*parts[:at], *parts[at + 1 :]]), int(parts[at]))
+
+
+def _is_expert(before: str, part: str) -> bool:
+    return part.isdecimal() and before.lower().endswith("experts")
 
 
 def _endings(name: str) -> list[str]:
@@ -80,7 +141,7 @@ def _endings(name: str) -> list[str]:
 
 
 def _layers(modules: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """For each module path: the path without its layer's integer, and that integer."""
+    """For each path: the path without its layer's integer, and that integer."""
     places = {module: _integers(module) for module in modules}
     siblings = Counter(rest for found in places.values() for _, rest, _ in found)
     located = {}

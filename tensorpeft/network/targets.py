@@ -64,14 +64,16 @@ def choose(target: Target, shape: ModelShape) -> tuple[Site, ...]:
 def match(entry: str, shape: ModelShape) -> tuple[Site, ...]:
     """The sites of one entry, in every layer."""
     if entry == ALL_LINEAR:
-        return tuple(site for site in shape.sites if site.stack is not None) or shape.sites
+        linear = tuple(site for site in shape.sites if site.is_linear)
+        return tuple(site for site in linear if site.stack is not None) or linear
     if "{layer}" in entry or "{matrix}" in entry:
         return tuple(filter(None, (_bound(_pattern(entry), site, shape) for site in shape.sites)))
     if _is_glob(entry):
         glob = f"*.{entry.removeprefix('*.')}"
-        return tuple(s for s in shape.sites if fnmatchcase(f".{s.module}", glob) or fnmatchcase(f".{s.matrix}", glob))
-    by_matrix = tuple(site for site in shape.sites if site.matrix == entry)
-    return by_matrix or tuple(s for s in shape.sites if s.is_named(entry) or f".{s.module}".endswith(f".{entry}"))
+        return tuple(s for s in shape.sites if fnmatchcase(f".{s.path}", glob) or fnmatchcase(f".{s.matrix}", glob))
+    exact = tuple(site for site in shape.sites if site.matrix == entry)
+    named = exact or tuple(site for site in shape.sites if site.is_named(entry))
+    return named or tuple(site for site in shape.sites if f".{site.path}".endswith(f".{entry}"))
 
 
 def fingerprint(sites: Iterable[Site]) -> str:

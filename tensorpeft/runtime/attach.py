@@ -32,6 +32,9 @@ def attach_plan(
         raise AdapterError(f"the adapter name `{name}` is not a Python identifier; give another with `name=`")
     if hasattr(model, PREFIX + name):
         raise AdapterError(f"the model already has an adapter `{name}`; give this one another name with `name=`")
+    for site in plan.network.sites:
+        if site.kind != "linear":
+            raise AdapterError(f"{site} is no linear module, and an update of a {site.kind} is not supported yet")
     weight: Any = model.get_submodule(plan.network.sites[0].module).weight
     floating = weight.is_floating_point() and weight.dtype.itemsize >= 4
     adapter = Adapter(plan, name, weight.dtype if floating else torch.float32, weight.device)

@@ -12,6 +12,7 @@ from tensorpeft.network.architecture import Architecture, architecture, families
 from tensorpeft.network.shapes import Linear, ModelShape, Site
 from tensorpeft.network.sites import resolve
 from tensorpeft.runtime.adapter import Adapter
+from tensorpeft.runtime.matrices import linears
 
 
 def scan(model: nn.Module) -> ModelShape:
@@ -25,8 +26,9 @@ def scan(model: nn.Module) -> ModelShape:
     Raises:
         ModelError: a module does not have the sides that the config says, or the config makes no sense.
     """
-    modules = dict(model.named_modules())
-    adapters = [module for module in modules.values() if isinstance(module, Adapter)]
+    adapters = [module for module in model.modules() if isinstance(module, Adapter)]
+    own = {id(module) for adapter in adapters for module in adapter.modules()}
+    modules = {path: module for path, module in model.named_modules() if id(module) not in own}
     known = _architecture(modules)
     sites = resolve(_linears(modules), known)
     return ModelShape(
@@ -44,23 +46,9 @@ def _n_parameters(module: nn.Module) -> int:
 
 
 def _linears(modules: Mapping[str, nn.Module]) -> list[Linear]:
-    # nn.MultiheadAttention reads the weight of its out_proj and never calls it: an update there would have no effect
-    uncalled = {id(module.out_proj) for module in modules.values() if isinstance(module, nn.MultiheadAttention)}
-    found = ((name, _sides(module)) for name, module in modules.items() if id(module) not in uncalled)
-    return [Linear(name, *sides) for name, sides in found if sides]
-
-
-def _sides(module: nn.Module) -> tuple[int, int] | None:
-    """(d_out, d_in) of nn.Linear, its quantised kin and transformers' Conv1D; None for any other module."""
-    weight = getattr(module, "weight", None)
-    weight = getattr(module, "qweight", None) if weight is None else weight
-    if getattr(weight, "ndim", 0) != 2:
-        return None
-    for d_out, d_in in (("out_features", "in_features"), ("nf", "nx")):
-        sides = getattr(module, d_out, None), getattr(module, d_in, None)
-        if isinstance(sides[0], int) and isinstance(sides[1], int):
-            return sides[0], sides[1]
-    return None
+    attentions = [module for module in modules.values() if isinstance(module, nn.MultiheadAttention)]
+    read = {id(module.out_proj) for module in attentions}  # its weight is one that the attention reads
+    return [linear for path, module in modules.items() if id(module) not in read for linear in linears(path, module)]
 
 
 def _architecture(modules: Mapping[str, nn.Module]) -> Architecture | None:
@@ -75,6 +63,7 @@ def _architecture(modules: Mapping[str, nn.Module]) -> Architecture | None:
 
 
 def _sizes(sites: Iterable[Site]) -> tuple[tuple[str, int], ...]:
-    inside = [site for site in sites if site.stack is not None] or list(sites)
+    linear = [site for site in sites if site.is_linear]
+    inside = [site for site in linear if site.stack is not None] or linear
     widths = Counter(site.d_in for site in inside).most_common(1)
     return (*(("width", width) for width, _ in widths), ("layers", len({site.layer for site in inside})))

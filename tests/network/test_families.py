@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -256,25 +258,33 @@ def build(config: dict, name: str) -> torch.nn.Module:
         return getattr(transformers, class_name)(values, **({"add_pooling_layer": False} if pooler else {}))
 
 
-def linears(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """(d_out, d_in) of each linear module, from its weight."""
-    found = {name: m.weight.shape for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-    conv1d = {name: m.weight.shape[::-1] for name, m in model.named_modules() if type(m).__name__ == "Conv1D"}
-    return {name: tuple(shape) for name, shape in {**found, **conv1d}.items()}
-
-
-def uncalled(model: torch.nn.Module) -> list[str]:
-    """Modules of which the model reads the weight, and whose output an update could not reach."""
-    return [name for name, _ in model.named_modules() if name.endswith("mixer.dt_proj")]
+def weights(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """(d_out, d_in) of each weight that acts as a matrix, from its shape; of experts that of one."""
+    found = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        path, _, last = name.rpartition(".")
+        module, shape = model.get_submodule(path), tuple(parameter.shape)
+        kind = type(module).__name__
+        if kind.endswith("Experts") and len(shape) == 3:
+            found[name] = shape[:0:-1] if module.is_transposed else shape[1:]
+        elif last == "weight" and ("Embedding" in kind or kind == "Conv1D"):
+            found[path] = shape[::-1]
+        elif last == "weight" and getattr(module, "groups", 1) == 1 and len(shape) > 1:
+            found[path] = (shape[0], math.prod(shape[1:]))
+    shared = model.named_modules(remove_duplicate=False)
+    first = {path for path, _ in model.named_modules()}
+    return without(found, "shared", *(path for path, _ in shared if path not in first))  # `shared` is never used
 
 
 def covered(shape: ModelShape) -> dict[str, tuple[int, int]]:
-    """(d_out, d_in) of each module that sites lie in; the parts of a fused module must fill it."""
-    modules: dict[str, tuple[int, int]] = {}
+    """(d_out, d_in) of each weight that sites lie in; the parts of a fused one must fill it, and so must its experts."""
+    found: dict[str, tuple[int, int]] = {}
     for site in shape.sites:
-        d_out, _ = modules.get(site.module, (0, site.d_in))
-        modules[site.module] = (d_out + site.d_out, site.d_in)
-    return modules
+        d_out, _ = found.get(site.path, (0, site.d_in))
+        found[site.path] = (d_out + site.d_out, site.d_in)
+    experts = Counter(site.path for site in shape.sites if site.expert is not None)
+    count = {path: len({site.expert for site in shape.sites if site.path == path}) for path in experts}
+    return {path: (d_out // count.get(path, 1), d_in) for path, (d_out, d_in) in found.items()}
 
 
 @pytest.mark.parametrize("card", cards())
@@ -282,7 +292,7 @@ def test_a_card_is_the_model_it_names(card):
     config = yaml.safe_load((MODELS / f"{card}.yaml").read_text())
     model, shape = build(config, config["architectures"][0]), model_shape(card)
     assert shape.n_parameters == sum(p.numel() for p in model.parameters())
-    assert covered(shape) == linears(model)
+    assert covered(shape) == weights(model)
     assert (shape.name, shape.model_class) == (card, config["architectures"][0])
 
 
@@ -292,7 +302,7 @@ def test_a_family_counts_every_class_and_option(name, model_class):
     model = build(config, model_class)
     shape = model_shape({**model.config.to_dict(), "architectures": [model_class]})
     assert shape.n_parameters == sum(p.numel() for p in model.parameters())
-    assert covered(shape) == without(linears(model), *uncalled(model))
+    assert covered(shape) == weights(model)
 
 
 def test_published_totals():
@@ -337,6 +347,7 @@ def test_heads_split_the_output_of_queries_keys_and_values_and_the_input_of_out(
         "gate": (None, None, 48, 32),
         "up": (None, None, 48, 32),
         "down": (None, None, 32, 48),
+        "embed_tokens": (None, None, 32, 100),
         "lm_head": (None, None, 100, 32),
     }
 
@@ -351,7 +362,7 @@ def test_the_parts_of_a_fused_module():
 def test_sites_go_matrix_by_matrix_and_layer_by_layer():
     keys = [site.key for site in model_shape(LLAMA).sites]
     roles = ["query", "key", "value", "out", "gate", "up", "down"]
-    assert keys == [*((role, layer) for role in roles for layer in range(3)), ("lm_head", 0)]
+    assert keys == [*((role, layer) for role in roles for layer in range(3)), ("embed_tokens", 0), ("lm_head", 0)]
 
 
 def test_an_older_name_of_a_module_is_found():

@@ -135,8 +135,13 @@ def test_a_sequential_has_numbers_alone():
 
 
 def test_the_first_number_that_varies_is_the_layer():
+    shape = plain(*(f"tower.0.layers.{n}.heads.{e}.up" for n in range(2) for e in range(2)))
+    assert keys(["up"], shape=shape) == grid(["heads.0.up", "heads.1.up"], range(2))
+
+
+def test_the_number_behind_experts_is_the_expert():
     shape = plain(*(f"tower.0.layers.{n}.experts.{e}.up" for n in range(2) for e in range(2)))
-    assert keys(["up"], shape=shape) == grid(["experts.0.up", "experts.1.up"], range(2))
+    assert keys(["up"], shape=shape) == [("up", layer, expert) for layer in range(2) for expert in range(2)]
 
 
 def test_a_pattern_says_which_number_is_the_layer_and_which_part_the_matrix():
@@ -154,7 +159,7 @@ def test_a_pattern_that_gives_two_modules_one_name():
     )
 
 
-HAS = "`query`, `key`, `value`, `out`, `gate`, `up`, `down`, `lm_head`"
+HAS = "`query`, `key`, `value`, `out`, `gate`, `up`, `down`, `embed_tokens`, `lm_head`"
 
 
 def test_an_entry_that_matches_nothing():

@@ -12,6 +12,7 @@ from torch import nn
 from tensorpeft.compile import attach
 from tensorpeft.language.errors import ModelError
 from tensorpeft.language.spec import Target
+from tensorpeft.network.shapes import Rows
 from tensorpeft.network.targets import choose
 from tensorpeft.runtime.scan import scan
 
@@ -52,7 +53,8 @@ def test_a_backbone_inside_another_module_keeps_its_roles():
     assert [site.module for site in choose(Target(("query",)), shape)] == [
         f"backbone.encoder.layer.{layer}.attention.self.query" for layer in range(2)
     ]
-    assert {site.matrix for site in shape.sites if site.stack is None} == {"pooler.dense", "tags"}
+    outside = {site.matrix for site in shape.sites if site.stack is None and site.is_linear}
+    assert outside == {"pooler.dense", "tags"}
 
 
 def test_two_backbones_are_named_by_their_paths():
@@ -109,6 +111,7 @@ class Plain(nn.Module):
 def test_a_plain_model():
     shape = scan(Plain())
     assert [(site.module, *site.key, site.d_out, site.d_in) for site in shape.sites] == [
+        ("embed", "embed", 0, 8, 10),
         ("head", "head", 0, 10, 8),
         ("blocks.0.attn.q", "q", 0, 8, 8),
         ("blocks.1.attn.q", "q", 1, 8, 8),
@@ -143,16 +146,92 @@ def test_what_is_linear():
             self.register_buffer("qweight", torch.zeros(1, 6, dtype=torch.int32))
 
     model = nn.ModuleDict(
-        {
-            "packed": Packed(),
-            "conv1d": transformers.pytorch_utils.Conv1D(6, 8),
-            "embedding": nn.Embedding(6, 8),
-            "convolution": nn.Conv2d(6, 8, 1),
-            "norm": nn.LayerNorm(8),
-            "attention": nn.MultiheadAttention(8, 2),
-        }
+        {"packed": Packed(), "conv1d": transformers.pytorch_utils.Conv1D(6, 8), "norm": nn.LayerNorm(8)}
     )
     assert [(site.module, site.d_out, site.d_in) for site in scan(model).sites] == [("packed", 6, 8), ("conv1d", 6, 8)]
+
+
+def places(model: nn.Module) -> list[tuple]:
+    return [(s.path, s.matrix, s.layer, s.expert, s.kind, s.d_out, s.d_in) for s in scan(model).sites]
+
+
+def test_convolutions_and_embeddings():
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return 2 * super().forward(ids)
+
+    model = nn.ModuleDict(
+        {
+            "embedding": nn.Embedding(6, 8),
+            "scaled": Scaled(6, 8),
+            "line": nn.Conv1d(6, 8, 3),
+            "plane": nn.Conv2d(6, 8, (3, 5)),
+            "space": nn.Conv3d(6, 8, 2),
+            "depthwise": nn.Conv2d(6, 6, 3, groups=6),
+            "back": nn.ConvTranspose2d(6, 8, 3),
+        }
+    )
+    assert places(model) == [
+        ("embedding", "embedding", 0, None, "embedding", 8, 6),
+        ("scaled", "scaled", 0, None, "parameter", 8, 6),
+        ("line", "line", 0, None, "conv", 8, 18),
+        ("plane", "plane", 0, None, "conv", 8, 90),
+        ("space", "space", 0, None, "conv", 8, 48),
+    ]
+    assert [site.transposed for site in scan(model).sites] == [False, True, False, False, False]
+
+
+def test_a_transformer_of_torch_reads_its_attention_s_weights():
+    shape = scan(nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16), 2, enable_nested_tensor=False))
+    assert [(s.path, *s.key, s.d_out, s.d_in) for s in shape.sites if s.layer == 1] == [
+        ("layers.1.self_attn.in_proj_weight", "query", 1, 8, 8),
+        ("layers.1.self_attn.in_proj_weight", "key", 1, 8, 8),
+        ("layers.1.self_attn.in_proj_weight", "value", 1, 8, 8),
+        ("layers.1.self_attn.out_proj", "out", 1, 8, 8),
+        ("layers.1.linear1", "linear1", 1, 16, 8),
+        ("layers.1.linear2", "linear2", 1, 8, 16),
+    ]
+    query, out = (choose(Target((name,)), shape)[0] for name in ("query", "out"))
+    assert (query.heads, query.head_side, query.rows) == (2, "d_out", Rows(0, 8, 24))
+    assert (out.heads, out.head_side, out.module, out.parameter) == (2, "d_in", "layers.0.self_attn", "out_proj.weight")
+
+
+def test_keys_and_values_of_other_widths():
+    assert places(nn.MultiheadAttention(8, 2, kdim=4, vdim=6)) == [
+        ("q_proj_weight", "query", 0, None, "parameter", 8, 8),
+        ("k_proj_weight", "key", 0, None, "parameter", 8, 4),
+        ("v_proj_weight", "value", 0, None, "parameter", 8, 6),
+        ("out_proj", "out", 0, None, "parameter", 8, 8),
+    ]
+
+
+def test_experts_in_a_list():
+    model = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"experts": experts(3)}) for _ in range(2))})
+    assert places(model) == [
+        (f"layers.{layer}.experts.{expert}.{name}", name, layer, expert, "linear", 4, 8)
+        for name in ("w1", "w2")
+        for layer in range(2)
+        for expert in range(3)
+    ]
+
+
+def experts(number: int) -> nn.ModuleList:
+    return nn.ModuleList(nn.ModuleDict({name: nn.Linear(8, 4) for name in ("w1", "w2")}) for _ in range(number))
+
+
+def test_experts_in_one_parameter():
+    class MyExperts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up = nn.Parameter(torch.zeros(2, 4, 8))
+            self.down = nn.Parameter(torch.zeros(2, 8, 4))
+            self.bias = nn.Parameter(torch.zeros(2, 8))
+
+    assert places(nn.ModuleList([MyExperts()])) == [
+        (f"0.{name}", name, 0, expert, "parameter", *sides)
+        for name, sides in (("up", (4, 8)), ("down", (8, 4)))
+        for expert in range(2)
+    ]
 
 
 def test_a_model_without_linear_modules():

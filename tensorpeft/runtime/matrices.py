@@ -1,0 +1,85 @@
+"""Which modules of torch hold a weight that acts as a matrix, and how the weight lies in them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any
+
+from torch import nn
+
+from tensorpeft.network.shapes import Linear, Rows
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def linears(path: str, module: nn.Module) -> Iterator[Linear]:
+    """The matrices that a module's own weights are. None in a convolution with groups, which is no one matrix."""
+    if isinstance(module, nn.MultiheadAttention):
+        yield from _attention(path, module)
+    elif isinstance(module, nn.Embedding):
+        yield _embedding(path, module)
+    elif isinstance(module, CONVOLUTIONS):
+        if module.groups == 1:
+            kernel = prod(module.kernel_size)
+            yield Linear(path, module.out_channels, module.in_channels * kernel, "conv")
+    elif sides := _sides(module):
+        yield Linear(path, *sides)
+    else:
+        yield from _own(path, module)
+
+
+def _sides(module: nn.Module) -> tuple[int, int] | None:
+    """(d_out, d_in) of nn.Linear, its quantised kin and transformers' Conv1D; None for any other module."""
+    weight = getattr(module, "weight", None)
+    weight = getattr(module, "qweight", None) if weight is None else weight
+    if getattr(weight, "ndim", 0) != 2:
+        return None
+    for d_out, d_in in (("out_features", "in_features"), ("nf", "nx")):
+        sides = getattr(module, d_out, None), getattr(module, d_in, None)
+        if isinstance(sides[0], int) and isinstance(sides[1], int):
+            return sides[0], sides[1]
+    return None
+
+
+def _embedding(path: str, module: nn.Embedding) -> Linear:
+    """A class of its own may scale the rows, or look others up than it is given: then it reads its weight, to us, by itself."""
+    sides = module.embedding_dim, module.num_embeddings
+    if type(module).forward is nn.Embedding.forward:
+        return Linear(path, *sides, "embedding")
+    return Linear(path, *sides, "parameter", "weight", transposed=True)
+
+
+def _attention(path: str, module: nn.MultiheadAttention) -> Iterator[Linear]:
+    """It reads the weights of query, key and value, one after the other in one parameter, and that of its `out_proj`."""
+    width, heads = module.embed_dim, module.num_heads
+    fused = module.in_proj_weight is not None
+    for n, (part, d_in) in enumerate((("query", width), ("key", module.kdim), ("value", module.vdim))):
+        parameter = "in_proj_weight" if fused else f"{part[0]}_proj_weight"
+        rows = Rows(n * width, width, 3 * width) if fused else None
+        yield Linear(path, width, d_in, "parameter", parameter, part, heads, "d_out", rows)
+    yield Linear(path, width, width, "parameter", "out_proj.weight", "out", heads, "d_in")
+
+
+def _own(path: str, module: nn.Module) -> Iterator[Linear]:
+    """The parameters that a module of no known class reads by itself: its `weight`, as of a router, and those of experts."""
+    for name, parameter in module.named_parameters(recurse=False):
+        if parameter.dim() == 2 and name == "weight":
+            yield Linear(path, parameter.shape[0], parameter.shape[1], "parameter", name)
+        elif parameter.dim() == 3 and "expert" in type(module).__name__.lower():
+            yield from _experts(path, module, name, tuple(parameter.shape))
+
+
+def _experts(path: str, module: Any, name: str, shape: tuple[int, ...]) -> Iterator[Linear]:
+    """A parameter of one matrix for each expert. Where the module does not say it is transposed, its rows are outputs."""
+    transposed = bool(getattr(module, "is_transposed", False))
+    experts, *sides = shape
+    d_out, d_in = reversed(sides) if transposed else sides
+    parts: dict[str | None, Rows | None] = {None: None}
+    if "gate_up" in name and d_out % 2 == 0:
+        half = (d_out // 2, d_out) if getattr(module, "is_concatenated", True) else (1, 2)
+        parts = {"gate": Rows(0, *half), "up": Rows(half[0], *half)}
+    for part, rows in parts.items():
+        yield Linear(
+            path, d_out // len(parts), d_in, "parameter", name, part, rows=rows, experts=experts, transposed=transposed
+        )  # fmt: skip

@@ -15,8 +15,9 @@ from tensorpeft.language.words import BUILT_IN_MODES, TASK_MODE
 
 def definitions(spec: Spec, table: Table) -> Iterator[Problem]:
     """A side is split into new modes; a new mode fuses modes that are known."""
-    bonds, carried = set(dict(spec.ranks)), _carried(spec)
+    bonds, carried = set(_bonds(spec)), _carried(spec)
     names = {definition.name for definition in spec.modes}
+    parts = {part.name for definition in spec.modes if definition.name in SIDES for part in definition.parts}
     owners: dict[str, str] = {}
     for definition in spec.modes:
         message = _misnamed(definition, owners, bonds)
@@ -26,7 +27,7 @@ def definitions(spec: Spec, table: Table) -> Iterator[Problem]:
         owners[definition.name] = definition.name
         split = definition.name in SIDES
         for part in definition.parts:
-            message = _misplaced(part, split, owners, names, bonds)
+            message = _misplaced(part, split, owners, names, bonds if split else bonds | parts)
             if message:
                 yield Problem(message, part.span)
             if split:
@@ -51,7 +52,7 @@ def _misnamed(definition: Definition, owners: Mapping[str, str], bonds: Set[str]
 def _misplaced(part: Part, split: bool, owners: Mapping[str, str], names: Set[str], bonds: Set[str]) -> str | None:
     """What is wrong with a part, of a side that is split or of modes that are fused."""
     name = part.name
-    if name in owners or name in names:
+    if name in names or (split and name in owners):
         return f"`{name}` cannot be a part here: it belongs to `{owners.get(name, name)}` already"
     if split and (name in bonds or name in (*SITE_MODES, TASK_MODE, *SIDES)):
         kind = "bond" if name in bonds else "mode of its own"
@@ -70,14 +71,20 @@ def references(spec: Spec, table: Table) -> Iterator[Problem]:
     for reference in _references(spec):
         twice = sorted({mode for mode in reference.modes if reference.modes.count(mode) > 1})
         known = first.setdefault(reference.factor, reference)
-        if reference.factor == BASE_WEIGHT and reference.modes != SIDES:
+        if reference.factor == BASE_WEIGHT and not _is_weight(reference):
             yield Problem(f"the base weight is `W[d_out, d_in]`; found `{reference}`", reference.span)
         elif twice:
             message = f"`{reference.factor}` carries {listing(twice)} twice; a factor carries a mode once"
             yield Problem(message, reference.span)
-        elif known.modes != reference.modes:
+        elif len(known.modes) != len(reference.modes):
             message = f"`{reference.factor}` is `{known}` before, and `{reference}` here"
-            yield Problem(f"{message}; expected the same modes in the same order", reference.span)
+            yield Problem(f"{message}; expected the same number of modes", reference.span)
+
+
+def _is_weight(reference: Reference) -> bool:
+    """Whether these can be the modes of the base weight: an output-sized one and an input-sized one."""
+    bound = {*SITE_MODES, TASK_MODE}
+    return len(reference.modes) == 2 and not bound & {*reference.modes} and reference.modes != SIDES[::-1]
 
 
 def known_modes(spec: Spec, table: Table) -> Iterator[Problem]:
@@ -93,7 +100,7 @@ def known_modes(spec: Spec, table: Table) -> Iterator[Problem]:
 
 def contracted_bonds(spec: Spec, table: Table) -> Iterator[Problem]:
     """A bond stands in at least two factors of a product."""
-    bonds = dict(spec.ranks)
+    bonds = dict.fromkeys(_bonds(spec))
     for product in spec.update.products:
         carried = Counter(atom for reference in product.factors for atom in _atoms(spec, reference))
         for reference in product.factors:
@@ -150,7 +157,7 @@ def _missing(spec: Spec, atoms: set[str]) -> list[str]:
 
 def connected(spec: Spec, table: Table) -> Iterator[Problem]:
     """No group of factors is bound to nothing but itself."""
-    bonds = set(dict(spec.ranks))
+    bonds = set(_bonds(spec))
     for product in spec.update.products:
         for group in _groups(spec, product):
             if len(group.references) > 1 and group.atoms <= bonds:  # of one by itself, its lone bonds are told
@@ -191,6 +198,10 @@ def _groups(spec: Spec, product: Product) -> list[_Group]:
     return groups
 
 
+def _bonds(spec: Spec) -> tuple[str, ...]:
+    return (*dict(spec.ranks), *spec.free)
+
+
 def _references(spec: Spec) -> Iterator[Reference]:
     return (reference for product in spec.update.products for reference in product.factors)
 
@@ -201,7 +212,7 @@ def _carried(spec: Spec) -> set[str]:
 
 def _known(spec: Spec) -> set[str]:
     parts = {part.name for definition in spec.modes if definition.name in SIDES for part in definition.parts}
-    return {*BUILT_IN_MODES, *dict(spec.ranks), *(definition.name for definition in spec.modes), *parts}
+    return {*BUILT_IN_MODES, *_bonds(spec), *(definition.name for definition in spec.modes), *parts}
 
 
 def _atoms(spec: Spec, reference: Reference) -> frozenset[str]:

@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator, Sized
 
 from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
 from tensorpeft.language.nodes import Table
+from tensorpeft.language.source import Span
 from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES, Spec
-from tensorpeft.language.syntax import Call, Expression, Name, Operation, Product, Spectral
+from tensorpeft.language.start import dead_factors, nonzero_products, zero_factors
+from tensorpeft.language.syntax import Call, Choice, Expression, Name, Operation, Product, Spectral
 from tensorpeft.language.words import (
     ARITY,
     BUILT_IN_MODES,
@@ -16,7 +18,6 @@ from tensorpeft.language.words import (
     MASK_RULES,
     SIZE_NAMES,
     TASK_MODE,
-    ZEROS,
     Signature,
 )
 
@@ -27,8 +28,8 @@ MAX_SIZE = 1 << 31
 def rank_expressions(spec: Spec, table: Table) -> Iterator[Problem]:
     """Ranks speak of sizes and of each other, never in a circle; a constant one is a whole number in range."""
     ranks = dict(spec.ranks)
-    for size in dict.fromkeys(ranks.values()):
-        yield from _size(size, (*ranks, *SIZE_NAMES), f"rank `{size}`", MAX_RANK)
+    for size in dict.fromkeys(each for rank in ranks.values() for each in alternatives(rank)):
+        yield from _size(size, (*ranks, *spec.free, *SIZE_NAMES), f"rank `{size}`", MAX_RANK)
     circle = next((bond for bond in ranks if bond in _reached(bond, ranks)), None)
     if circle is not None:
         yield Problem(f"the rank of `{circle}` is `{ranks[circle]}`, which depends on itself", ranks[circle].span)
@@ -51,7 +52,7 @@ def part_sizes(spec: Spec, table: Table) -> Iterator[Problem]:
     for definition in spec.modes:
         for part in definition.parts:
             if part.size is not None:
-                names = (*dict(spec.ranks), *SIZE_NAMES)
+                names = (*dict(spec.ranks), *spec.free, *SIZE_NAMES)
                 yield from _size(part.size, names, f"the size of `{part}`", MAX_SIZE)
 
 
@@ -87,7 +88,8 @@ def initialisers(spec: Spec, table: Table) -> Iterator[Problem]:
             elif key == "a":
                 yield from filter(None, _constant(value)[1:])
         for value in rule.init.args:
-            yield from _drawn(rule.init, value)
+            if rule.init.name not in ("start", "formula") and not value.names:
+                yield from _drawn(rule.init, value)
 
 
 def _drawn(init: Call, value: Expression) -> Iterator[Problem]:
@@ -112,21 +114,20 @@ def masks(spec: Spec, table: Table) -> Iterator[Problem]:
     """A mask is on a mode that its factor carries, and its values are probabilities or numbers of indices."""
     modes = {reference.factor: reference.modes for product in spec.update.products for reference in product.factors}
     modes.pop(BASE_WEIGHT, None)
-    seen: set[tuple[str, str]] = set()
+    seen: dict[tuple[str, frozenset[str]], Span | None] = {}
     for mask in spec.masks:
-        where = f"{mask.factor}[{mask.mode}]"
+        where = f"{mask.factor}[{', '.join(mask.modes)}]"
         if mask.factor not in modes:
             hint = did_you_mean(mask.factor, modes) or f"; the update has {listing(modes)}"
             yield Problem(f"unknown factor `{mask.factor}`{hint}", mask.span)
-        elif mask.mode not in modes[mask.factor]:
-            hint = did_you_mean(mask.mode, modes[mask.factor]) or f"; it carries {listing(modes[mask.factor])}"
-            yield Problem(f"`{mask.factor}` carries no mode `{mask.mode}`{hint}", mask.span)
-        elif mask.mode in (*SITE_MODES, TASK_MODE):
+        elif missing := next((mode for mode in mask.modes if mode not in modes[mask.factor]), None):
+            hint = did_you_mean(missing, modes[mask.factor]) or f"; it carries {listing(modes[mask.factor])}"
+            yield Problem(f"`{mask.factor}` carries no mode `{missing}`{hint}", mask.span)
+        elif {*mask.modes} & {*SITE_MODES, TASK_MODE}:
             message = f"`{where}` would mask whole matrices, layers or tasks; choose these under `target`"
             yield Problem(message, mask.span)
-        elif (mask.factor, mask.mode) in seen:
+        elif seen.setdefault((mask.factor, frozenset(mask.modes)), mask.span) != mask.span:
             yield Problem(f"`{where}` is masked twice", mask.span)
-        seen.add((mask.factor, mask.mode))
         yield from _mask_rule(mask.rule)
 
 
@@ -135,6 +136,8 @@ def _mask_rule(rule: Call) -> Iterator[Problem]:
     if signature is None:
         yield _unknown("mask rule", rule, MASK_RULES)
         return
+    if rule.name == "where":
+        return
     yield from _signature(rule, Signature(signature.values, tuple(key for key, _ in rule.options)))
     for value in (*rule.args, *(value for _, value in rule.options)):
         number, error = _constant(value)
@@ -142,7 +145,7 @@ def _mask_rule(rule: Call) -> Iterator[Problem]:
             yield error
         elif rule.name == "bernoulli" and not 0 < number <= 1:
             yield Problem(f"`{value}` is no probability; expected a number above 0 and at most 1", value.span)
-        elif rule.name == "keep" and not (0 < number < 1 or (number >= 1 and number == int(number))):
+        elif rule.name in ("keep", "top", "sample") and not (0 < number < 1 or (number >= 1 and number == int(number))):
             message = f"cannot keep `{value}`; expected a fraction between 0 and 1, or a whole number of indices"
             yield Problem(message, value.span)
 
@@ -154,13 +157,14 @@ def scale(spec: Spec, table: Table) -> Iterator[Problem]:
         return
     carried = {mode for product in spec.update.products for reference in product.factors for mode in reference.modes}
     unsized = carried - {*BUILT_IN_MODES, *dict(spec.ranks)}  # of these, it is told already that they need a rank
-    problems = list(_arithmetic(spec.scale, ("alpha", *dict(spec.ranks), *unsized, *SIZE_NAMES)))
-    yield from problems
-    if not problems and not spec.scale.names:
-        value, error = _constant(spec.scale)
-        zero = "`scale` is 0, so the update is always zero; expected another number"
-        if error or value == 0:
-            yield error or Problem(zero, spec.scale.span)
+    for scale in alternatives(spec.scale):
+        problems = list(_arithmetic(scale, ("alpha", *dict(spec.ranks), *spec.free, *unsized, *SIZE_NAMES)))
+        yield from problems
+        if not problems and not scale.names:
+            value, error = _constant(scale)
+            zero = "`scale` is 0, so the update is always zero; expected another number"
+            if error or value == 0:
+                yield error or Problem(zero, scale.span)
 
 
 def used_alpha(spec: Spec, table: Table) -> Iterator[Problem]:
@@ -181,28 +185,25 @@ def patterns(spec: Spec, table: Table) -> Iterator[Problem]:
 
 def trained(spec: Spec, table: Table) -> Iterator[Problem]:
     """Something is trained."""
-    if all(rule.frozen for _, rule in spec.factors):
+    if spec.factors and all(rule.frozen for _, rule in spec.factors):
         yield Problem("every factor is frozen, so nothing is trained; expected a factor that is not", spec.update.span)
 
 
 def start(spec: Spec, table: Table) -> Iterator[Problem]:
-    """Exactly one way to be zero at the start, or a declared start that is not zero."""
-    zero = {name for name, rule in spec.factors if rule.init == ZEROS}
-    frozen = {name for name, rule in spec.factors if rule.frozen}
-    counts = []
+    """Zero at the start with every factor able to move, or a declared start that is not zero."""
+    zero, dead, moving = zero_factors(spec), dead_factors(spec), nonzero_products(spec)
     for product in spec.update.products:
-        zeros = [reference.factor for reference in product.factors if reference.factor in zero]
-        counts.append(len(zeros))
-        if len(zeros) > 1:
-            message = f"the product has {len(zeros)} zero factors, {listing(zeros)}, so none would ever get a gradient"
-            yield Problem(f"{message}; expected one", product.span)
-        elif zeros and zeros[0] in frozen:
-            message = f"`{zeros[0]}` is zero and frozen, so its product stays zero"
+        stuck = [reference.factor for reference in product.factors if reference.factor in dead]
+        if len(stuck) == 1 and spec.factor(stuck[0]).frozen:
+            message = f"`{stuck[0]}` is zero and frozen, so its product stays zero"
             yield Problem(f"{message}; expected it to be trained, or another `init`", product.span)
-        elif not zeros and spec.start == "zero":
+        elif stuck:
+            message = f"the product has {len(stuck)} zero factors, {listing(stuck)}, so none would ever get a gradient"
+            yield Problem(f"{message}; expected one", product.span)
+        elif product in moving and spec.start == "zero":
             yield Problem(_not_zero(product), product.span)
-    if spec.start == "nonzero" and all(counts):
-        yield Problem("`start` is `nonzero`, but every product starts at zero", table.where("start"))
+    if spec.start != "zero" and spec.update.products and not moving and zero:
+        yield Problem(f"`start` is `{spec.start}`, but every product starts at zero", table.where("start"))
 
 
 def _not_zero(product: Product) -> str:
@@ -210,6 +211,11 @@ def _not_zero(product: Product) -> str:
     own = [name for name in names if name != BASE_WEIGHT]
     candidates = f"one of {listing(own)}" if len(own) > 1 else listing(own) or "a factor of its own"
     return f"this product does not start at zero; expected `init: zeros` for {candidates}, or `start: nonzero`"
+
+
+def alternatives(expression: Expression) -> tuple[Expression, ...]:
+    """What an expression can be: itself, or what it is for each choice of sites."""
+    return tuple(value for _, value in expression.entries) if isinstance(expression, Choice) else (expression,)
 
 
 def _count(values: Sized) -> str:

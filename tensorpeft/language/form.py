@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from tensorpeft.language.choices import entries
 from tensorpeft.language.errors import did_you_mean, listing
 from tensorpeft.language.findings import Findings
 from tensorpeft.language.grammar import parse_definition, parse_update
@@ -36,19 +37,19 @@ class Form:
 
 def read_form(table: Table, findings: Findings) -> Form | None:
     """The form that a table gives, or None where it cannot be told; the findings say why."""
-    update, structure = table.scalar("update"), table.scalar("structure")
+    update, structure = table.get("update"), table.scalar("structure")
     if update and structure:
         message = "`update` and `structure` both say what the update is; expected one of them"
         findings.add("update", message, table.where("update"))
-    elif not update and not structure and not findings.spoiled & {"update", "structure"}:
+    elif not update and not structure and not findings.spoiled & {"update", "structure"} and "train" not in table:
         findings.add("update", "`update` is missing; expected `update:` or `structure:`", table.where("update"))
     definitions = tuple(_definitions(table, findings))
     if findings.spoiled & {"update", "structure"}:
         return None
-    with findings.under("update" if update else "structure"):
-        if update:
-            return _written(update, definitions, table, findings)
-        if structure and not findings.spoiled & {"modes", "tasks"}:
+    if not structure:
+        return _written(definitions, table, findings)
+    with findings.under("structure"):
+        if not findings.spoiled & {"modes", "tasks"}:
             return _shared(_shorthand(structure, definitions, table, findings), table, findings)
     return None
 
@@ -69,7 +70,7 @@ def _definitions(table: Table, findings: Findings) -> Iterator[Definition]:
             yield parse_definition(entry)
 
 
-def _written(update: Scalar, definitions: tuple[Definition, ...], table: Table, findings: Findings) -> Form:
+def _written(definitions: tuple[Definition, ...], table: Table, findings: Findings) -> Form | None:
     for definition in definitions:
         if not definition.parts:
             message = f"found the mode `{definition}` alone; beside `update:`, `modes` lists definitions"
@@ -77,14 +78,22 @@ def _written(update: Scalar, definitions: tuple[Definition, ...], table: Table, 
     if "share" in table:
         message = "`share` belongs to `structure:`; beside `update:`, leave the mode out of the factor instead"
         findings.add("share", message, table.where("share"))
-    return Form(parse_update(update), tuple(definition for definition in definitions if definition.parts))
+    written, products = table.get("update"), []
+    for selector, text in entries(written, "update", findings):
+        with findings.under("update"):
+            products += [replace(product, at=selector) for product in parse_update(text).products]
+    if "update" in findings.spoiled:
+        return None
+    update = Update(tuple(products), written.span if written else table.where("train"))
+    return Form(update, tuple(definition for definition in definitions if definition.parts))
 
 
 def _shorthand(structure: Scalar, definitions: tuple[Definition, ...], table: Table, findings: Findings) -> Form:
     span = table.where("modes") if "modes" in table else structure.span
     modes = layout(definitions or None, "tasks" in table, span)
     expansion = expand(structure.text, modes, span)
-    given = expansion.bonds if table.scalar("rank") else tuple(table.table("rank"))
+    sizes = table.table("rank")
+    given = expansion.bonds if table.scalar("rank") or "budget" in sizes else tuple(sizes)
     unsized = [bond for bond in expansion.bonds if bond not in given]
     if unsized and "rank" not in findings.spoiled:
         place = table.where("rank") if "rank" in table else structure.span

@@ -1,68 +1,44 @@
-"""The small languages inside a spec, each read by lark into the nodes of ``syntax``.
-
-The grammars are the files ``grammars/*.lark``. A parser is built at its first use and kept. Every node's span lies in
-the file that the text came from.
-"""
+"""The small languages inside a spec, each read into the nodes of ``syntax``; every node's span lies in the text's file."""
 
 from __future__ import annotations
 
 import math
-import re
-from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
-from typing import Any
+from collections import Counter
 
 import lark
 
-from tensorpeft.language.catalogue import grammar_path
-from tensorpeft.language.errors import clip, fail
+from tensorpeft.language import parsing
+from tensorpeft.language.errors import clip, did_you_mean, fail, listing
 from tensorpeft.language.nodes import Scalar
+from tensorpeft.language.parsing import Tree, parse
 from tensorpeft.language.source import Span
+from tensorpeft.language.spec import BASE_WEIGHT
 from tensorpeft.language.syntax import (
     Call,
     Definition,
     Expression,
+    Initialiser,
     Name,
     Number,
     Operation,
     Part,
     Product,
     Reference,
+    Selector,
+    Spectral,
     Update,
 )
+from tensorpeft.language.words import DECOMPOSITIONS
 
-MAX_DIGITS = 20
-MAX_NESTING = 16
-MAX_OPERATORS = 64  # in arithmetic, where they nest
+MAX_LAYER = 65535
+MAX_LAYERS = 1024  # that one selector names
 
-
-@dataclass(frozen=True)
-class _Language:
-    """One of the small languages: its grammar file, where it starts, and how long a text of it may be."""
-
-    grammar: str
-    start: str
-    noun: str
-    max_length: int
-    nests: bool = True  # operators nest, so their number is bounded as well
-
-
-_UPDATE = _Language("update", "update", "update", 8192, nests=False)
-_REFERENCE = _Language("update", "reference", "factor with its mode", 256)
-_DEFINITION = _Language("modes", "definition", "mode", 512)
-_CALL = _Language("call", "call", "initialiser or mask rule", 2048)
-_ARITHMETIC = _Language("arithmetic", "sum", "number or expression", 512)
-_Tree = Any  # lark.Tree, whose children mypy cannot tell apart
-_LANGUAGES = (_UPDATE, _REFERENCE, _DEFINITION, _CALL, _ARITHMETIC)
-
-_WORDS = {"$END": "the end", "FACTOR": "a factor name", "MODE": "a mode name", "NAME": "a name", "NUMBER": "a number"}
 _OPERATORS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "raise": "**"}
 
 
 def parse_update(text: Scalar) -> Update:
     """``b[matrix, layer, d_out] * B[d_out, r] - ...``; raises SpecError at the first thing that does not fit."""
-    tree = _parse(_UPDATE, text)
+    tree = parse(parsing.UPDATE, text)
     sign, products = 1, []
     for child in tree.children:
         if isinstance(child, lark.Token):
@@ -75,81 +51,48 @@ def parse_update(text: Scalar) -> Update:
 
 def parse_reference(text: Scalar) -> Reference:
     """A factor with the modes behind it: ``B[d_out]``."""
-    return _reference(_parse(_REFERENCE, text), text)
+    return _reference(parse(parsing.REFERENCE, text), text)
 
 
 def parse_definition(text: Scalar) -> Definition:
     """``slot = layer * matrix``; a mode's name alone is a definition without parts."""
-    name, *parts = _parse(_DEFINITION, text).children
+    name, *parts = parse(parsing.DEFINITION, text).children
     return Definition(str(name), tuple(_part(node, text) for node in parts), text.span)
 
 
+def parse_init(text: Scalar) -> Initialiser:
+    """An initialiser."""
+    tree = parse(parsing.INIT, text)
+    return _spectral(tree, text) if _rule(tree) == "spectral" else _call(tree, text)
+
+
 def parse_call(text: Scalar) -> Call:
-    """An initialiser or a mask rule."""
-    return _call(_parse(_CALL, text), text)
+    """A mask rule."""
+    return _call(parse(parsing.CALL, text), text)
 
 
 def parse_arithmetic(text: Scalar) -> Expression:
     """A number, or an expression over sizes; YAML numbers are numbers already."""
     if isinstance(text.value, int | float):
         return Number(text.value, text.span)
-    return _expression(_parse(_ARITHMETIC, text), text)
+    return _expression(parse(parsing.ARITHMETIC, text), text)
 
 
-@cache
-def _parser(grammar: str) -> lark.Lark:
-    starts = [language.start for language in _LANGUAGES if language.grammar == grammar]
-    path = str(grammar_path(f"{grammar}.lark"))
-    return lark.Lark.open(path, parser="lalr", start=starts, propagate_positions=True, maybe_placeholders=False)
+def parse_selector(text: Scalar) -> Selector:
+    """``query, value layers 0-3, 7``; ``*`` is every matrix."""
+    found: dict[str, Tree] = {_rule(tree): tree for tree in parse(parsing.SELECTOR, text).children}
+    names = [str(name) for name in found["names"].children] if "names" in found else []
+    runs = [_layers(node, text) for node in found["layers"].children] if "layers" in found else []
+    if sum(map(len, runs)) > MAX_LAYERS:
+        raise fail(f"more than {MAX_LAYERS} layers are named at once", text.span)
+    layers = [layer for run in runs for layer in run]
+    for entry, count in Counter([*names, *layers]).items():
+        if count > 1:
+            raise fail(f"{'layer ' * isinstance(entry, int)}`{entry}` is named twice", text.span)
+    return Selector(() if "*" in names else tuple(names), tuple(sorted(layers)) if layers else None, text.span)
 
 
-def _parse(language: _Language, text: Scalar) -> _Tree:
-    _bound(language, text)
-    parser = _parser(language.grammar)
-    try:
-        return parser.parse(text.text, start=language.start)
-    except lark.UnexpectedInput as error:
-        token = getattr(error, "token", None)  # none where a character begins no word at all
-        at_end = token is not None and token.type == "$END"
-        start = len(text.text.rstrip()) if at_end else int(error.pos_in_stream or 0)
-        end = start + (0 if at_end else 1 if token is None else len(token))
-    found = f"`{clip(text.text[start:end], 24)}`" if end > start else "the end"
-    raise fail(f"found {found}, expected {_expected(parser, language, text.text, start)}", text.part(start, end))
-
-
-def _expected(parser: lark.Lark, language: _Language, text: str, end: int) -> str:
-    """What could stand at ``end``, where the text stops making sense, in words."""
-    steps = parser.parse_interactive(text, start=language.start)
-    with suppress(lark.UnexpectedInput):
-        for token in steps.iter_parse():
-            if (token.start_pos or 0) >= end:
-                break
-    patterns = {terminal.name: terminal.pattern.value for terminal in parser.terminals}
-    words: set[str] = set()
-    for name in steps.accepts():
-        signs = ["+", "-"] if name == "SIGN" else [patterns.get(name, name)]
-        words.update([_WORDS[name]] if name in _WORDS else [f"`{sign}`" for sign in signs])
-    *most, last = sorted(words)
-    return f"{', '.join(most)} or {last}" if most else last
-
-
-def _bound(language: _Language, text: Scalar) -> None:
-    """Refuse what is too long or too deep to be meant, before any parser sees it."""
-    if len(text.text) > language.max_length:
-        message = f"{len(text.text)} characters are too many for one {language.noun}; at most {language.max_length}"
-        raise fail(message, text.span)
-    depth = 0
-    for at, character in enumerate(text.text):
-        depth += (character == "(") - (character == ")")
-        if depth > MAX_NESTING:
-            raise fail(f"brackets nested more than {MAX_NESTING} deep", text.part(at, at + 1))
-    if language.nests and sum(map(text.text.count, "+-*/")) > MAX_OPERATORS:
-        raise fail(f"more than {MAX_OPERATORS} operators in one {language.noun}", text.span)
-    if number := re.search(rf"[0-9]{{{MAX_DIGITS + 1},}}", text.text):
-        raise fail(f"a number of {len(number[0])} digits; at most {MAX_DIGITS} can be meant", text.part(*number.span()))
-
-
-def _span(tree: _Tree, text: Scalar) -> Span:
+def _span(tree: Tree, text: Scalar) -> Span:
     return text.part(tree.meta.start_pos, tree.meta.end_pos)
 
 
@@ -157,17 +100,17 @@ def _token_span(token: lark.Token, text: Scalar) -> Span:
     return text.part(token.start_pos or 0, token.end_pos or 0)
 
 
-def _reference(tree: _Tree, text: Scalar) -> Reference:
+def _reference(tree: Tree, text: Scalar) -> Reference:
     factor, *modes = tree.children
     return Reference(str(factor), tuple(map(str, modes)), _span(tree, text))
 
 
-def _part(tree: _Tree, text: Scalar) -> Part:
+def _part(tree: Tree, text: Scalar) -> Part:
     name, *size = tree.children
     return Part(str(name), _expression(size[0], text) if size else None, _span(tree, text))
 
 
-def _call(tree: _Tree, text: Scalar) -> Call:
+def _call(tree: Tree, text: Scalar) -> Call:
     name, *arguments = tree.children
     args: list[Expression] = []
     options: dict[str, Expression] = {}
@@ -184,12 +127,54 @@ def _call(tree: _Tree, text: Scalar) -> Call:
     return Call(str(name), tuple(args), tuple(options.items()), _span(tree, text))
 
 
-def _rule(tree: _Tree) -> str:
+def _spectral(tree: Tree, text: Scalar) -> Spectral:
+    call, part, kept, *power = tree.children
+    said = _call(call, text)
+    parts = DECOMPOSITIONS.get(said.name)
+    if parts is None:
+        hint = did_you_mean(said.name, DECOMPOSITIONS) or f"; expected one of {listing(DECOMPOSITIONS)}"
+        raise fail(f"unknown decomposition `{said.name}`{hint}", said.span)
+    if said.args != (Name(BASE_WEIGHT),) or said.options:
+        raise fail(f"`{said}` is no decomposition of the base weight; expected `{said.name}({BASE_WEIGHT})`", said.span)
+    if part not in parts:
+        raise fail(f"`{said}` has no part `{part}`; it has {listing(parts)}", _token_span(part, text))
+    exponent = _power(said.name, power[0], text) if power else Number(0)
+    return Spectral(said.name, str(part), str(kept.children[0]), _rule(kept) == "last", exponent, text.span)
+
+
+def _power(decomposition: str, tree: Tree, text: Scalar) -> Number:
+    """The power of the singular values that a part is multiplied by."""
+    name, *exponent = tree.children
+    if name != "S" or "S" not in DECOMPOSITIONS[decomposition]:
+        message = f"`{decomposition}({BASE_WEIGHT})` is multiplied by `{name}`"
+        ways = (
+            "expected `S`, the singular values" if "S" in DECOMPOSITIONS[decomposition] else "it has no singular values"
+        )
+        raise fail(f"{message}; {ways}", _token_span(name, text))
+    if not exponent:
+        return Number(1)
+    power = _expression(exponent[0], text)
+    if power.names:
+        raise fail(f"`{power}` is not a number; names mean nothing here", power.span)
+    return Number(power.evaluate({}), power.span)
+
+
+def _layers(tree: Tree, text: Scalar) -> range:
+    """The layers of ``4`` or ``0-3``."""
+    first, last = (int(token) for token in (tree.children[0], tree.children[-1]))
+    if first > last:
+        raise fail(f"`{first}-{last}` runs backwards; expected `{last}-{first}`", _span(tree, text))
+    if last > MAX_LAYER:
+        raise fail(f"layer `{last}` is beyond every model; at most {MAX_LAYER}", _span(tree, text))
+    return range(first, last + 1)
+
+
+def _rule(tree: Tree) -> str:
     """A rule's name; imported rules carry the name of their file in front."""
     return str(tree.data).rsplit("__", 1)[-1]
 
 
-def _expression(tree: _Tree, text: Scalar) -> Expression:
+def _expression(tree: Tree, text: Scalar) -> Expression:
     rule, children, span = _rule(tree), tree.children, _span(tree, text)
     if rule == "number":
         return _number(children[0], span)

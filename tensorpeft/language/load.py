@@ -16,6 +16,7 @@ from tensorpeft.language.read import read_spec
 from tensorpeft.language.schema import validate
 from tensorpeft.language.source import Source, Span
 from tensorpeft.language.spec import Spec
+from tensorpeft.language.subtract import subtract
 
 
 def load_spec(what: str | PathLike[str], *overrides: Override, **values: object) -> Spec:
@@ -43,7 +44,7 @@ def compile_table(table: Table, source: Source) -> Spec:
         check_spec(spec, table, findings)
     findings.settle()
     assert spec is not None
-    return spec
+    return subtract(spec)
 
 
 def find_source(what: str | PathLike[str]) -> Source:

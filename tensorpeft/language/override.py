@@ -13,6 +13,7 @@ from tensorpeft.language.document import MAX_DEPTH, parse_value
 from tensorpeft.language.errors import clip, fail
 from tensorpeft.language.nodes import List, Node, Scalar, Table
 from tensorpeft.language.source import Source, Span
+from tensorpeft.language.words import BUDGET
 
 _IN_TARGET = ("matrices", "exclude", "layers")  # keys of `target:` that may be given by themselves
 
@@ -48,14 +49,14 @@ def apply_overrides(table: Table, overrides: Iterable[Override]) -> Table:
     """The table with every override put in its place, in order.
 
     A mapping extends a mapping; anything else replaces what was there. A rank without a bond's name sizes the bond
-    ``r`` of a spec that has several, or all of them where none is called so.
+    ``r`` of a spec that has several, or all of them where none is called so; a budget takes the place of these sizes.
     """
     for override in overrides:
         path, value = override.path, override.value
         if path[0].text == "target" or path[0].text in _IN_TARGET:
             path, table, value = _in_target(path, table, value)
-        elif len(path) == 1 and path[0].text == "rank":
-            value = _rank(table.get("rank"), value)
+        elif path[0].text == "rank":
+            table, value = _in_rank(path, table, value)
         table = _put(table, path, value)
     return table
 
@@ -74,11 +75,23 @@ def _in_target(path: tuple[Scalar, ...], table: Table, value: Node) -> tuple[tup
     return path, table, value
 
 
-def _rank(present: Node | None, value: Node) -> Node:
-    if not isinstance(present, Table) or isinstance(value, Table) or _is_empty(value):
-        return value
-    bonds = [key for key, _ in present.items if key.text == "r"] or [key for key, _ in present.items]
-    return Table(tuple((key, value) for key in bonds), present.span)
+def _in_rank(path: tuple[Scalar, ...], table: Table, value: Node) -> tuple[Table, Node]:
+    """A size by itself is that of ``r``, or of every bond; a budget takes the place of these sizes, and they that of a budget."""
+    present = table.get("rank")
+    if not isinstance(present, Table) or _is_empty(value):
+        return table, value
+    sized = [key for key in present if key != BUDGET]
+    meant = ["r"] if "r" in sized else sized
+    if path[-1].text == BUDGET or (isinstance(value, Table) and BUDGET in value):
+        return table.put(
+            path[0], Table(tuple(item for item in present.items if item[0].text not in meant), present.span)
+        ), value
+    if len(path) > 1 or isinstance(value, Table):
+        return table, value
+    if BUDGET in present:
+        table, meant = table.put(path[0], present.drop(BUDGET)), ["r"] if sized else []
+    sizes = tuple((_key(bond, present.where(bond)), value) for bond in meant)
+    return table, Table(sizes, present.span) if sizes else value
 
 
 def _put(table: Table, path: tuple[Scalar, ...], value: Node) -> Table:

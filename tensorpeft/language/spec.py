@@ -20,11 +20,12 @@ class Target:
     matrices: tuple[str, ...]
     exclude: tuple[str, ...] = ()
     layers: tuple[int, ...] | None = None
-    spans: tuple[Span, ...] = field(default=(), compare=False, repr=False)  # one per entry of matrices, then of exclude
+    spans: tuple[Span, ...] = field(default=(), compare=False, repr=False)  # one per entry of these three, in order
 
-    def span(self, entry: str) -> Span | None:
-        """Where an entry of ``matrices`` or ``exclude`` is written."""
-        return dict(zip((*self.matrices, *self.exclude), self.spans, strict=False)).get(entry)
+    def span(self, entry: str | int) -> Span | None:
+        """Where an entry of ``matrices``, ``exclude`` or ``layers`` is written."""
+        entries: tuple[str | int, ...] = (*self.matrices, *self.exclude, *(self.layers or ()))
+        return dict(zip(entries, self.spans, strict=False)).get(entry)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,14 @@ class Heads:
 
     side: tuple[tuple[str, str], ...] = ()
     count: tuple[tuple[str, int], ...] = ()
+    spans: tuple[Span, ...] = field(default=(), compare=False, repr=False)  # one per entry of side, then of count
+
+    @property
+    def named(self) -> dict[str, Span | None]:
+        """The matrices that are spoken of by name, each with a place where it is."""
+        matrices = [matrix for matrix, _ in (*self.side, *self.count)]
+        spans = self.spans or (None,) * len(matrices)
+        return {matrix: span for matrix, span in zip(matrices, spans, strict=True) if matrix != "*"}
 
 
 @dataclass(frozen=True)
@@ -84,9 +93,7 @@ class Spec:
     masks: tuple[MaskRule, ...] = ()
     alpha: float | None = None
     scale: Expression = Number(1)
-    ragged: tuple[tuple[str, str], ...] = (
-        ("*", "by_size"),
-    )  # mode -> by_size | slice | group | error; `*`: every other one
+    ragged: tuple[tuple[str, str], ...] = (("*", "by_size"),)  # mode -> by_size | slice | group | error; `*`: the rest
     heads: Heads = Heads()
     tasks: int | None = None
     budget: int | None = None  # trained numbers at most: the bonds of `free` get the largest size that fits

@@ -8,10 +8,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from tensorpeft.language.errors import did_you_mean, fail, listing
 from tensorpeft.language.source import Span
+
+
+def _mod(a: float, b: float) -> float:
+    return a % b  # of the sign of b
+
+
+def _gcd(a: float, b: float) -> float:
+    if a != int(a) or b != int(b):
+        raise ValueError("only whole numbers have a common divisor")
+    return math.gcd(int(a), int(b))
+
 
 FUNCTIONS: dict[str, Callable[..., float]] = {
     "sqrt": math.sqrt,
@@ -19,7 +30,15 @@ FUNCTIONS: dict[str, Callable[..., float]] = {
     "max": max,
     "ceil": math.ceil,
     "floor": math.floor,
+    "gcd": _gcd,
+    "mod": _mod,
+    "exp": math.exp,
+    "cos": math.cos,
+    "sin": math.sin,
+    "equal": lambda a, b: int(a == b),
+    "less": lambda a, b: int(a < b),
 }
+CONSTANTS: dict[str, float] = {"pi": math.pi}
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "**": 3}
 
 
@@ -53,6 +72,8 @@ class Name:
     span: Span | None = _span()
 
     def evaluate(self, names: Mapping[str, float]) -> float:
+        if self.name in CONSTANTS:
+            return CONSTANTS[self.name]
         if self.name not in names:
             hint = did_you_mean(self.name, names) or f"; expected one of {listing(sorted(names))}"
             raise fail(f"unknown name `{self.name}` in arithmetic{hint}", self.span)
@@ -60,7 +81,7 @@ class Name:
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset({self.name})
+        return frozenset({self.name} - CONSTANTS.keys())
 
     def __str__(self) -> str:
         return self.name
@@ -252,7 +273,17 @@ class Update:
     products: tuple[Product, ...]
     span: Span | None = _span()
 
+    @property
+    def entries(self) -> dict[Selector, Update]:
+        """The update of each selector, in the order written; each is as if it stood there alone."""
+        found: dict[Selector, list[Product]] = {}
+        for product in self.products:
+            found.setdefault(product.at, []).append(replace(product, at=EVERYWHERE))
+        return {at: Update(tuple(products)) for at, products in found.items()}
+
     def __str__(self) -> str:
+        if any(product.at != EVERYWHERE for product in self.products):
+            return "{" + "; ".join(f"{at}: {update}" for at, update in self.entries.items()) + "}"
         text = ""
         for number, product in enumerate(self.products):
             sign = "-" if product.sign < 0 else "+"

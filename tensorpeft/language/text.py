@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 
-from tensorpeft.language.spec import FactorRule, Heads, Spec, Target
-from tensorpeft.language.syntax import Expression, Number
+from tensorpeft.language.spec import FactorRule, Heads, MaskRule, Spec, Target
+from tensorpeft.language.syntax import EVERYWHERE, Choice, Expression, Number
+from tensorpeft.language.words import BUDGET, INPUT
 
 _BARE = re.compile(r"[A-Za-z][A-Za-z0-9_ .,()\[\]*/+=-]*")  # needs no quotes between the keys of a block
 _BARE_IN_LIST = re.compile(r"[A-Za-z][A-Za-z0-9_ .()*/+=-]*")
@@ -28,21 +30,26 @@ def _lines(spec: Spec) -> Iterator[str]:
     yield from _target(spec.target)
     if spec.modes:
         yield f"modes: {_list(map(str, spec.modes))}"
-    if spec.ranks:
-        yield f"rank: {_mapping((_quoted(bond), _size(size)) for bond, size in spec.ranks)}"
-    yield f"update: {_quoted(str(spec.update))}"
-    yield "factors:"
-    yield from (f"  {_quoted(name)}: {_rule(rule)}" for name, rule in spec.factors)
+    if spec.ranks or spec.budget is not None:
+        budget = [] if spec.budget is None else [(BUDGET, str(spec.budget))]
+        yield f"rank: {_mapping([*((_quoted(bond), _size(size)) for bond, size in spec.ranks), *budget])}"
+    yield from _update(spec)
     if spec.masks:
         yield "mask:"
-        yield from (f"  {mask.factor}[{mask.mode}]: {_quoted(str(mask.rule))}" for mask in spec.masks)
+        yield from _masks(spec.masks)
     if spec.alpha is not None:
         yield f"alpha: {_number(spec.alpha)}"
     yield f"scale: {_size(spec.scale, _BARE)}"
-    yield f"ragged: {spec.policy('*')}"
+    yield f"ragged: {_each(spec.ragged, '*')}"
     yield from _heads(spec.heads)
     if spec.tasks is not None:
         yield f"tasks: {spec.tasks}"
+    if spec.dropout:
+        yield f"dropout: {_each(((name, _number(value)) for name, value in spec.dropout), INPUT)}"
+    if spec.train:
+        yield f"train: {_list(spec.train)}"
+    if spec.scores is not None:
+        yield f"scores: {_quoted(spec.scores)}"
     yield f"seed: {spec.seed}"
     yield f"start: {spec.start}"
 
@@ -56,27 +63,59 @@ def _target(target: Target) -> Iterator[str]:
         yield f"  layers: [{', '.join(map(str, target.layers))}]"
 
 
+def _update(spec: Spec) -> Iterator[str]:
+    entries = spec.update.entries
+    if entries.keys() == {EVERYWHERE}:
+        yield f"update: {_quoted(str(spec.update))}"
+    elif entries:
+        yield "update:"
+        yield from (f"  {_quoted(str(at))}: {_quoted(str(update))}" for at, update in entries.items())
+    if spec.factors:
+        yield "factors:"
+        yield from (f"  {_quoted(name)}: {_rule(rule)}" for name, rule in spec.factors)
+
+
+def _masks(masks: Iterable[MaskRule]) -> Iterator[str]:
+    for (factor, modes), group in groupby(masks, key=lambda mask: (mask.factor, mask.modes)):
+        rules = [(mask.at, _quoted(str(mask.rule))) for mask in group]
+        key = f"  {factor}[{', '.join(modes)}]:"
+        if [at for at, _ in rules] == [EVERYWHERE]:
+            yield f"{key} {rules[0][1]}"
+        else:
+            yield key
+            yield from (f"    {_quoted(str(at))}: {rule}" for at, rule in rules)
+
+
 def _heads(heads: Heads) -> Iterator[str]:
     if heads.side or heads.count:
         yield "heads:"
     for key, values in (("side", heads.side), ("count", heads.count)):
         if values:
-            everywhere = len(values) == 1 and values[0][0] == "*"
-            yield f"  {key}: {values[0][1] if everywhere else _mapping((_quoted(k), str(v)) for k, v in values)}"
+            yield f"  {key}: {_each(((name, str(value)) for name, value in values), '*')}"
 
 
 def _rule(rule: FactorRule) -> str:
     said = [("init", _quoted(str(rule.init), _BARE_IN_LIST))]
     said += [(key, "true") for key, value in (("frozen", rule.frozen), ("stored", rule.stored)) if value]
+    if rule.lr != 1:
+        said.append(("lr", _number(rule.lr)))
     return _mapping(said)
 
 
 def _size(size: Expression, bare: re.Pattern[str] = _BARE_IN_LIST) -> str:
+    if isinstance(size, Choice):
+        return _mapping((_quoted(str(at), _BARE_IN_LIST), _size(value)) for at, value in size.entries)
     return _number(size.value) if isinstance(size, Number) else _quoted(str(size), bare)
 
 
 def _number(value: float) -> str:
     return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
+
+
+def _each(items: Iterable[tuple[str, str]], single: str) -> str:
+    """Values by their names; the value alone where ``single`` is the only one that has a value."""
+    items = list(items)
+    return items[0][1] if [name for name, _ in items] == [single] else _mapping((_quoted(k), v) for k, v in items)
 
 
 def _mapping(items: Iterable[tuple[str, str]]) -> str:

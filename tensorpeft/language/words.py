@@ -21,6 +21,7 @@ class Signature:
     options: tuple[str, ...] = ()
 
 
+DECOMPOSITIONS = {"svd": ("U", "V", "S"), "qr": ("Q", "R")}  # of the base weight: their parts
 INITIALISERS = {
     "zeros": Signature(),
     "ones": Signature(),
@@ -29,12 +30,27 @@ INITIALISERS = {
     "normal": Signature(("standard deviation",)),
     "kaiming_uniform": Signature((), ("a", "fan")),  # a: slope of the leaky ReLU; fan: the mode counted as fan_in
     "xavier_uniform": Signature(),
+    "orthogonal": Signature(),  # of the last two modes that are not bound to sites
+    "identity": Signature(),
+    "start": Signature(("factor",)),  # the numbers that another factor starts from
+    "formula": Signature(("expression",)),  # over the indices of the factor's modes
 }
 MASK_RULES = {  # each takes options besides: a matrix and its own value
     "bernoulli": Signature(("probability",)),
     "keep": Signature(("fraction or number",)),
+    "top": Signature(("fraction or number",)),  # those of the largest scores
+    "sample": Signature(("fraction or number",)),  # drawn with probabilities proportional to the scores
+    "where": Signature(("expression",)),  # over the masked indices
 }
-ARITY = {"sqrt": (1, 1), "ceil": (1, 1), "floor": (1, 1), "min": (2, 64), "max": (2, 64)}  # fewest, most arguments
+SCORED = ("top", "sample")  # the rules that read the file under `scores`
+TRAINABLE = ("biases", "norms", "head")  # what `train` names of the base, besides patterns
+BUDGET = "budget"  # among the bonds of `rank`: how many numbers are trained at most
+INPUT = "x"  # of a site, for `dropout`
+ARITY = {  # fewest, most arguments of a function
+    **dict.fromkeys(("sqrt", "ceil", "floor", "exp", "cos", "sin"), (1, 1)),
+    **dict.fromkeys(("gcd", "mod", "equal", "less"), (2, 2)),
+    **dict.fromkeys(("min", "max"), (2, 64)),
+}
 
 ZEROS = Call("zeros")
 KAIMING = Call("kaiming_uniform")

@@ -108,7 +108,7 @@ def _layer_problems(target: Target, shape: ModelShape) -> Iterable[Problem]:
     if wrong := sorted(set(target.layers or ()) - known):
         missing = f"layer {wrong[0]} does" if len(wrong) == 1 else f"layers {ranges(wrong)} do"
         has = f"layers {ranges(known)}" if known else "no layers"
-        yield Problem(f"{missing} not exist: {shape.name} has {has}", _first_span(target))
+        yield Problem(f"{missing} not exist: {shape.name} has {has}", target.span(wrong[0]) or _first_span(target))
 
 
 def _entry_problems(entry: str, target: Target, shape: ModelShape, found: tuple[Site, ...]) -> Iterable[Problem]:

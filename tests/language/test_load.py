@@ -95,7 +95,8 @@ def test_an_error_in_an_override_is_shown_there(text: str, message: str) -> None
 VALUES = {
     "rank": ("abc", "rank='abc':1:7: unknown name `abc`"),
     "alpha": (float("nan"), "alpha=nan:1:7: `nan` is not a finite number"),
-    "dropout": (0.1, "dropout=0.1:1:1: unknown key `dropout`"),
+    "ranks": (4, "ranks=4:1:1: unknown key `ranks`; did you mean `rank`?"),
+    "dropout": (1, "dropout=1:1:9: `dropout` is `1`; expected a probability below 1, or one for `x` and for bonds"),
     "matrices": ([["query"]], "matrices=[['query']]:1:10: an entry of `target.matrices` is a list"),
     "factors": (b"A", "factors=b'A':1:9: found a value of type `bytes`"),
 }

@@ -1,0 +1,51 @@
+"""Values that differ from site to site: a mapping from selectors to them, of which the last that fits a site counts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from tensorpeft.language.findings import Findings
+from tensorpeft.language.grammar import parse_arithmetic, parse_selector
+from tensorpeft.language.nodes import Node, Scalar, Table
+from tensorpeft.language.syntax import EVERYWHERE, Choice, Expression, Number, Selector
+
+
+def entries(node: Node | None, key: str, findings: Findings) -> Iterator[tuple[Selector, Scalar]]:
+    """The texts under a node, each with the sites that it is for; one by itself is for all of them.
+
+    A selector that does not parse, or that a later one hides, is a finding under ``key``.
+    """
+    if isinstance(node, Scalar):
+        yield EVERYWHERE, node
+    elif isinstance(node, Table):
+        earlier: list[Selector] = []
+        for name, text in node.items:
+            with findings.under(key):
+                selector = parse_selector(name)
+                for hidden in [other for other in earlier if _covers(selector, other)]:
+                    earlier.remove(hidden)
+                    message = f"`{hidden}` never counts, since `{selector}` fits the same sites and stands after it"
+                    findings.add(key, f"{message}; expected the general entries first", hidden.span)
+                earlier.append(selector)
+                if isinstance(text, Scalar):
+                    yield selector, text
+
+
+def expression(node: Node | None, key: str, findings: Findings) -> Expression:
+    """A number or arithmetic, or one for each selector; 1 where it does not parse, which is a finding under ``key``."""
+    found: list[tuple[Selector, Expression]] = []
+    for selector, text in entries(node, key, findings):
+        with findings.under(key):
+            found.append((selector, parse_arithmetic(text)))
+    if not found:
+        return Number(1)
+    if [selector for selector, _ in found] == [EVERYWHERE]:
+        return found[0][1]
+    return Choice(tuple(found), node.span if node else None)
+
+
+def _covers(one: Selector, other: Selector) -> bool:
+    """Whether a selector fits all that another fits, as far as the texts tell."""
+    matrices = not one.matrices or (bool(other.matrices) and {*other.matrices} <= {*one.matrices})
+    layers = one.layers is None or (other.layers is not None and {*other.layers} <= {*one.layers})
+    return matrices and layers

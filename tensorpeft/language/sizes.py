@@ -1,0 +1,92 @@
+"""Node tree -> the sizes of a spec's bonds: numbers, expressions, choices by site, or a budget; and its scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from decimal import Decimal
+
+from tensorpeft.language.choices import expression
+from tensorpeft.language.errors import fail
+from tensorpeft.language.findings import Findings
+from tensorpeft.language.form import Form
+from tensorpeft.language.nodes import Scalar, Table
+from tensorpeft.language.spec import SIDES
+from tensorpeft.language.syntax import Expression, Name, Number, Operation
+from tensorpeft.language.words import BUDGET, BUILT_IN_MODES
+
+MAX_BUDGET = 10**15
+_SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The size of each bond; or the budget of trained numbers, and the bonds that it sizes."""
+
+    ranks: tuple[tuple[str, Expression], ...]
+    budget: int | None = None
+    free: tuple[str, ...] = ()
+
+
+def read_sizes(table: Table, form: Form, findings: Findings) -> Sizes:
+    """What ``rank:`` says; some size for each bond where that cannot be told, so that the bonds at least are known."""
+    given = table.table("rank")
+    if "rank" in findings.spoiled:
+        named = dict.fromkeys((*given, *form.bonds)) if given.items else _names(form)
+        defined = _defined(form)
+        return Sizes(tuple((bond, Number(1)) for bond in named if bond not in defined))
+    ranks = tuple(_ranks(table, form, findings))
+    said = given.scalar(BUDGET)
+    if said is None:
+        return Sizes(ranks)
+    budget, known = 1, {*_defined(form), *dict(ranks)}
+    with findings.under("rank"):
+        budget = _budget(said)
+    free = tuple(name for name in _names(form) if name not in known)
+    if not free:
+        findings.add("rank", "`budget` has nothing to size; expected a bond without a size of its own", said.span)
+    return Sizes(ranks, budget, free)
+
+
+def _ranks(table: Table, form: Form, findings: Findings) -> Iterator[tuple[str, Expression]]:
+    """The size of each bond; one that is given by itself sizes them all."""
+    if single := table.scalar("rank"):
+        size = expression(single, "rank", findings)
+        yield from ((bond, size) for bond in form.bonds)
+    for bond, node in table.table("rank").items:
+        if bond.text != BUDGET:
+            yield bond.text, expression(node, "rank", findings)
+
+
+def _names(form: Form) -> Iterable[str]:
+    """Every mode that a factor carries or that is fused with others, in order."""
+    carried = [mode for product in form.update.products for factor in product.factors for mode in factor.modes]
+    fused = [part.name for mode in form.definitions if mode.name not in SIDES for part in mode.parts]
+    return dict.fromkeys((*carried, *fused))
+
+
+def _defined(form: Form) -> set[str]:
+    """The modes that are no bonds."""
+    parts = {part.name for mode in form.definitions if mode.name in SIDES for part in mode.parts}
+    return {*BUILT_IN_MODES, *(mode.name for mode in form.definitions), *parts}
+
+
+def _budget(said: Scalar) -> int:
+    """``20000``, ``20k``, ``1.5M``."""
+    text = str(said.value)
+    number = text.rstrip("".join(_SUFFIXES))
+    count = Decimal(number) * _SUFFIXES[text.removeprefix(number)]
+    if count != int(count) or not 1 <= count <= MAX_BUDGET:
+        message = f"`{said.text}` is no number of trained numbers; expected a whole number from 1 to {MAX_BUDGET}"
+        raise fail(message, said.span)
+    return int(count)
+
+
+def read_scale(table: Table, form: Form | None, findings: Findings) -> Expression:
+    """The scale, ``alpha / r`` by default where there are both."""
+    if "scale" in table:
+        return expression(table.get("scale"), "scale", findings)
+    bonds = {mode for reference in form.factors.values() for mode in reference.modes} if form else set()
+    span = table.where("alpha")
+    default = Operation("/", Name("alpha", span), Name("r", span), span)
+    return default if "alpha" in table and "r" in bonds else Number(1, span)

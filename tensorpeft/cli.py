@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -21,18 +22,22 @@ from tensorpeft.language.errors import TensorpeftError
 from tensorpeft.language.load import load_spec
 from tensorpeft.language.override import parse_override
 from tensorpeft.language.text import spec_text
-from tensorpeft.network.shapes import ModelShape
-from tensorpeft.reporting.comparison import Comparison, Row
+from tensorpeft.network.network import Network
+from tensorpeft.reporting.comparison import Comparison
 from tensorpeft.reporting.counting import report_of
-from tensorpeft.reporting.table import Page
+from tensorpeft.reporting.page import Listing, Page
+from tensorpeft.reporting.sweep import cases, row
+from tensorpeft.reporting.sweep import sweep as swept
 
 if TYPE_CHECKING:
     from tensorpeft.planning.plan import Plan
 
+_FORMATS = ("text", "json", "md", "html")
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
 _LARGEST_BUDGET = 10**12
 
 Command = Callable[..., None]
+T = TypeVar("T")
 
 
 class _Commands(click.Group):
@@ -73,10 +78,25 @@ _set = click.option(
 )
 
 
-def _with_output(command: Command) -> Command:
-    to_file = click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), help="Write to a file.")
-    formats = click.Choice(["text", "json", "md", "html"])
-    return click.option("--format", "form", type=formats, default="text", show_default=True)(to_file(command))
+def _with_output(*more: str) -> Callable[[Command], Command]:
+    """`--format` and `-o`; without the first, the ending of the file says the format."""
+
+    def decorate(command: Command) -> Command:
+        to_file = click.option(
+            "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), is_eager=True, help="Write to a file."
+        )
+        formats = click.Choice([*_FORMATS, *more])
+        told = "By default what the ending of the file says, else text."
+        return click.option("--format", "form", type=formats, callback=_form, help=told)(to_file(command))
+
+    return decorate
+
+
+def _form(ctx: click.Context, param: click.Parameter, given: str | None) -> str:
+    """The format that is asked for, by name or by the file's ending."""
+    ending = Path(ctx.params.get("output") or "").suffix.removeprefix(".")
+    assert isinstance(param.type, click.Choice)
+    return given or (ending if ending in param.type.choices else _FORMATS[0])
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -117,15 +137,19 @@ def expand(spec: str) -> None:
 @_specs
 @_model
 @_set
-@_with_output
+@_with_output()
 def report(specs: Sequence[str], model: str, settings: Sequence[str], form: str, output: Path | None) -> None:
     """Count what specs cost on a model.
 
     One spec gives its whole report; several specs, or several values, a table with a row each.
     """
     shape = shape_of(model)
-    rows = tuple(_row(spec, chosen, shape) for spec, chosen in product(specs, _choices(settings)))
-    _deliver(rows[0].report if len(rows) == 1 else Comparison(rows), form, output)
+    given = list(product(specs, _choices(settings)))
+    if len(given) == 1:
+        plan = front(load_spec(specs[0], *map(parse_override, given[0][1])), shape)
+        _deliver(report_of(plan), form, output, plan.network)
+    else:
+        _deliver(Comparison(tuple(row(spec, chosen, shape) for spec, chosen in _watched(given))), form, output)
 
 
 @main.command()
@@ -139,7 +163,7 @@ def report(specs: Sequence[str], model: str, settings: Sequence[str], form: str,
     callback=_budgets,
     help="How many trained numbers to allow: 20000, 20k, 2.5M.",
 )
-@_with_output
+@_with_output()
 def sweep(
     specs: Sequence[str], model: str, settings: Sequence[str], budgets: Sequence[int], form: str, output: Path | None
 ) -> None:
@@ -148,16 +172,12 @@ def sweep(
     A budget stands for the largest rank that trains at most so many numbers. What does not fit the model or the budget is
     listed with the reason.
     """
-    from tqdm import tqdm
-
-    from tensorpeft.reporting.sweep import cases, sweep
-
     if not settings and not budgets:
         raise click.UsageError("Give --set or --budget.")
     if budgets and any(setting.partition("=")[0].partition(".")[0] == "rank" for setting in settings):
         raise click.UsageError("--budget finds the rank; leave it out of --set.")
     given = cases(specs or tuple(method_paths()), _choices(settings), budgets)
-    found = sweep(tqdm(given, disable=None, leave=False, unit="row"), shape_of(model))
+    found = swept(_watched(given), shape_of(model))
     if not found.rows:
         for refused in found.refused:
             click.echo(f"{refused.name}: {refused.reason}", err=True)
@@ -166,7 +186,7 @@ def sweep(
 
 
 @main.command()
-@_with_output
+@_with_output()
 def catalogue(form: str, output: Path | None) -> None:
     """List the methods and the model cards that ship."""
     from tensorpeft.reporting.catalogue import catalogue
@@ -178,37 +198,42 @@ def catalogue(form: str, output: Path | None) -> None:
 @_spec
 @_model
 @_set
-def explain(spec: str, model: str, settings: Sequence[str]) -> None:
-    """Print a spec's network, plan and code.
+@_with_output("svg")
+def explain(spec: str, model: str, settings: Sequence[str], form: str, output: Path | None) -> None:
+    """Show a spec's network, its contraction step by step, and its code.
 
-    The network says what is stored, the plan in which order it is contracted, the code what runs.
+    As text, JSON, Markdown or HTML; the network alone as a picture: `-o FILE.svg`.
     """
+    from tensorpeft.reporting.explanation import explanation
+
     plan = front(load_spec(spec, *map(parse_override, settings)), shape_of(model))
-    click.echo(f"{plan.network}\n\n{plan}")
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        click.echo("torch is not installed, so there is no code to show", err=True)
-    else:
-        click.echo(f"\n{_code(plan)}")
+    code: tuple[Listing, ...] = ()
+    if form != "svg":
+        try:
+            import torch  # noqa: F401
+        except ImportError:
+            click.echo("torch is not installed, so there is no code to show", err=True)
+        else:
+            code = tuple(_code(plan))
+    _deliver(explanation(plan, code), form, output, plan.network)
 
 
-def _code(plan: Plan) -> str:
+def _code(plan: Plan) -> Iterator[Listing]:
     """The emitted functions: the prologue, and every distinct site program with the number of its sites."""
     from tensorpeft.runtime.emit import emit
 
     emitted = emit(plan)
-    sites: dict[str, int] = {}
-    for call in emitted.calls:
-        sites[call.code.code] = sites.get(call.code.code, 0) + 1
-    programs = [f"# at {n} sites\n{code.strip()}" for code, n in sites.items()]
-    return "\n\n".join([f"# once per forward pass\n{emitted.prologue.code.strip()}", *programs])
+    yield Listing("once per forward pass", emitted.prologue.code.strip())
+    sites = Counter(call.code.code for call in emitted.calls)
+    yield from (Listing(f"at {n} sites", code.strip()) for code, n in sites.items())
 
 
-def _row(spec: str, chosen: Sequence[str], shape: ModelShape) -> Row:
-    read = load_spec(spec, *map(parse_override, chosen))
-    settings = tuple((key, value) for key, _, value in (setting.partition("=") for setting in chosen))
-    return Row(settings, report_of(front(read, shape)))
+def _watched(given: Iterable[T]) -> Iterable[T]:
+    """With a progress bar, on a terminal."""
+    from tqdm import tqdm
+
+    watched: Iterable[T] = tqdm(given, disable=None, leave=False, unit="row")
+    return watched
 
 
 def _choices(settings: Sequence[str]) -> Iterator[tuple[str, ...]]:
@@ -229,8 +254,9 @@ def _alternatives(setting: str) -> list[str]:
     return [f"{key}{equals}{value}" for value in found]
 
 
-def _deliver(result: Page, form: str, output: Path | None) -> None:
-    shown = {"text": result.to_text, "json": result.to_json, "md": result.to_markdown, "html": result.to_html}[form]()
+def _deliver(page: Page, form: str, output: Path | None, network: Network | None = None) -> None:
+    """Print or write a page; the picture of the network goes into HTML, or is all that there is."""
+    shown = _rendered(page, form, network)
     if output is None or str(output) == "-":
         click.echo(shown, nl=False)
         return
@@ -238,6 +264,14 @@ def _deliver(result: Page, form: str, output: Path | None) -> None:
         _write(output.resolve(), shown)
     except OSError as reason:
         raise click.FileError(str(output), reason.strerror) from None
+
+
+def _rendered(page: Page, form: str, network: Network | None) -> str:
+    if form not in ("svg", "html") or network is None:
+        return {"text": page.to_text, "json": page.to_json, "md": page.to_markdown, "html": page.to_html}[form]()
+    from tensorpeft.reporting.drawing import drawing
+
+    return drawing(network) if form == "svg" else page.to_html(drawing(network))
 
 
 def _write(path: Path, content: str) -> None:

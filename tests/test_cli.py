@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from click.testing import CliRunner, Result
@@ -241,20 +243,59 @@ def count(name: str, model: str, **overrides: object) -> int:
 
 def test_explain():
     shown = done("explain", "lorta", "--model", "vit-base", "--set", "rank=2")
-    assert shown.startswith("network lorta on vit-base: ")
-    assert "\nplan for 4096 tokens: " in shown
-    assert "A_width[width=768, r=2]" in shown
+    assert shown.startswith("lorta on vit-base")
+    assert re.search(r"A_width +width 768 x r 2 +1,536 +trained", shown)
+    assert re.search(r"r +2 +A_matrix, .*, A_width +bond, summed over, copy tensor, in the minimum cut", shown)
+    assert "a forward pass of 4,096 tokens" in shown
     assert "# once per forward pass\ndef forward(self, dtype, " in shown
     assert "# at 48 sites\ndef forward(self, x, y, " in shown
+
+
+def test_explain_as_data():
+    shown = json.loads(done("explain", "lora", "--model", "vit-base", "--format", "json"))
+    (product,) = shown["products"]
+    assert product["factors"] == ["B", "A"]
+    assert len(product["sites"]) == 24
+    assert ["A", "d_in"] in product["edges"]
+    cut = [mode for mode in product["modes"] if mode["minimum_cut"]]
+    assert cut == [{"name": "r", "kind": "bond", "sizes": [8], "copy": False, "minimum_cut": True}]
+    assert sum(step["flops"] * step["runs"] for step in shown["steps"]) == 24 * 4096 * 2 * 8 * 2 * 768
+    assert [listing["caption"] for listing in shown["code"]] == ["once per forward pass", "at 24 sites"]
 
 
 def test_explain_without_torch(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     result = call("explain", "lora", "--model", "vit-base")
     assert result.exit_code == 0
-    assert result.stdout.startswith("network lora on vit-base: ")
+    assert result.stdout.startswith("lora on vit-base")
     assert "def forward" not in result.stdout
     assert result.stderr == "torch is not installed, so there is no code to show\n"
+
+
+def test_a_picture_needs_no_torch(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    path = tmp_path / "lora.svg"
+    assert done("explain", "lora", "--model", "vit-base", "-o", str(path)) == ""
+    picture = path.read_text(encoding="utf-8")
+    assert picture == done("explain", "lora", "--model", "vit-base", "--format", "svg")
+    assert ElementTree.fromstring(picture).tag == "{http://www.w3.org/2000/svg}svg"
+
+
+@pytest.mark.parametrize("command", ["report", "explain"])
+def test_html_has_the_picture(command):
+    picture = done("explain", "lora", "--model", "vit-base", "--format", "svg")
+    assert picture in done(command, "lora", "--model", "vit-base", "--format", "html")
+
+
+def test_the_ending_of_a_file_says_the_format(tmp_path):
+    for ending in ("json", "md", "html", "txt"):
+        path = tmp_path / f"report.{ending}"
+        done("report", "lora", "--model", "vit-base", "-o", str(path))
+        form = "text" if ending == "txt" else ending
+        assert path.read_text(encoding="utf-8") == done("report", "lora", "--model", "vit-base", "--format", form)
+    path = tmp_path / "report.html"
+    done("report", "lora", "--model", "vit-base", "--format", "json", "-o", str(path))
+    assert json.loads(path.read_text(encoding="utf-8"))["name"] == "lora"
 
 
 def test_the_catalogue_names_all_that_ships():

@@ -17,7 +17,8 @@ from tensorpeft.network.families import cards, model_shape
 from tensorpeft.network.lower import lower
 from tensorpeft.network.shapes import ModelShape
 from tensorpeft.reporting.counting import trained
-from tensorpeft.reporting.table import Cell, Page, Table
+from tensorpeft.reporting.page import Page
+from tensorpeft.reporting.table import Cell, Table
 
 COUNTED_ON = "llama-2-7b"
 

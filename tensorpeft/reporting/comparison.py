@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from tensorpeft.reporting.page import Page
 from tensorpeft.reporting.report import Report
-from tensorpeft.reporting.table import Cell, Page, Table
+from tensorpeft.reporting.table import Cell, Table
 
 Settings = tuple[tuple[str, str], ...]  # key, value as written
 

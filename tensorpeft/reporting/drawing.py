@@ -9,19 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from xml.etree import ElementTree as ET
 
-from tensorpeft.language.syntax import Spectral, ranges
+from tensorpeft.language.syntax import Spectral
 from tensorpeft.network.graph import is_copy
 from tensorpeft.network.network import Network, Operand
 from tensorpeft.network.rank import lora_rank
-from tensorpeft.network.shapes import Site
 from tensorpeft.reporting import svg
-from tensorpeft.reporting.panels import Node, Panel, columns, heights, panels
+from tensorpeft.reporting.panels import Node, Panel, columns, heights, panels, sites_of, span_of
 from tensorpeft.reporting.svg import Place
 
 _MARGIN, _GAP, _ROW, _RAIL = 24, 56, 62, 28  # px: around, between columns, between rows, between rails
 _BOX, _LABEL = 42, 24  # px: heights of a factor and of a mode
 _WRAPPED = 100  # characters in a line of text
-_MANY = 4  # sizes of a mode of which only the ends are told
 
 _SIDES = ("input", "output")
 _FACTORS = ("trained", "seeded", "stored", "base", "masked")
@@ -75,7 +73,7 @@ def drawing(network: Network) -> str:
 
 def _panel(group: ET.Element, panel: Panel, sign: str, top: float) -> tuple[float, float]:
     """Draw a product; its right end and its bottom. Lines come first, what covers their ends after them."""
-    top = svg.paragraph(group, _MARGIN, top, sign + _at(panel.sites), "name", 2 * _WRAPPED)
+    top = svg.paragraph(group, _MARGIN, top, sign + sites_of(panel.sites), "name", 2 * _WRAPPED)
     places = _places(panel, top)
     right = max(place.right for place in places.values())
     bottom = max(place.bottom for place in places.values()) + 30
@@ -120,17 +118,7 @@ def _lines(panel: Panel, node: Node) -> tuple[str, ...]:
 
 
 def _sized(mode: str, panel: Panel) -> str:
-    sizes = [f"{size:,}" for size in panel.sizes[mode]]
-    return f"{mode} = {' | '.join(sizes) if len(sizes) < _MANY else f'{sizes[0]} to {sizes[-1]}'}"
-
-
-def _at(sites: tuple[Site, ...]) -> str:
-    """``64 sites: query, value of layers 0-31, dW 4,096 x 4,096``."""
-    names = ", ".join(dict.fromkeys(site.matrix for site in sites))
-    layers = ranges({site.layer for site in sites})
-    shapes = " | ".join(dict.fromkeys(f"{site.d_out:,} x {site.d_in:,}" for site in sites))
-    many = len(sites) > 1
-    return f"{len(sites)} site{'s' * many}: {names} of layer{'s' * (not layers.isdecimal())} {layers}, dW {shapes}"
+    return f"{mode} = {span_of(panel.sizes[mode])}"
 
 
 def _edge(group: ET.Element, panel: Panel, number: int, mode: str, places: dict[Node, Place]) -> None:

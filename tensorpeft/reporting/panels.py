@@ -14,6 +14,7 @@ from typing import Any
 
 import networkx as nx
 
+from tensorpeft.language.syntax import ranges
 from tensorpeft.network.graph import graph, modes
 from tensorpeft.network.network import Network, Operand, Term
 from tensorpeft.network.rank import minimum_cut
@@ -21,6 +22,7 @@ from tensorpeft.network.shapes import Site
 
 Node = int | str  # a factor's position in its product, or a mode's name
 _SWEEPS = 6
+_MANY = 4  # sizes of which only the ends are told
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,21 @@ def _panel(members: list[tuple[Term, tuple[Site, ...]]]) -> Panel:
         sizes=sizes,
         counts=tuple(sum(block.count for block in each.values()) for each in blocks),
     )
+
+
+def sites_of(sites: tuple[Site, ...]) -> str:
+    """``64 sites: query, value of layers 0-31, dW 4,096 x 4,096``."""
+    names = ", ".join(dict.fromkeys(site.matrix for site in sites))
+    layers = ranges({site.layer for site in sites})
+    shapes = " | ".join(dict.fromkeys(f"{site.d_out:,} x {site.d_in:,}" for site in sites))
+    many = len(sites) > 1
+    return f"{len(sites)} site{'s' * many}: {names} of layer{'s' * (not layers.isdecimal())} {layers}, dW {shapes}"
+
+
+def span_of(sizes: Iterable[int]) -> str:
+    """``8 | 64``, or the least and the largest of many."""
+    shown = [f"{size:,}" for size in sorted(sizes)]
+    return " | ".join(shown) if len(shown) < _MANY else f"{shown[0]} to {shown[-1]}"
 
 
 def columns(panel: Panel) -> list[list[Node]]:

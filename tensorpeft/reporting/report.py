@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from tensorpeft.reporting.table import Cell, Page, Table, significant
+from tensorpeft.reporting.page import Page
+from tensorpeft.reporting.table import Cell, Table, significant
 
 FLOAT_BYTES = 4  # factors are kept in float32, also where the base has fewer bits
 ADAMW_STATES = 2  # numbers that AdamW keeps for each trained one: the two moments
@@ -114,7 +115,7 @@ class Report(Page):
     @property
     def tables(self) -> tuple[Table, ...]:
         """Totals, factors, modes, matrices."""
-        return self._totals(), self._factors(), self._modes(), self._matrices()
+        return self._totals(), self.factor_table, self._modes(), self._matrices()
 
     def to_data(self) -> dict[str, object]:
         """Fields and totals under their names, the tables last; integers exact."""
@@ -142,7 +143,9 @@ class Report(Page):
         ]
         return Table(("total", "number", "remark"), tuple(rows))
 
-    def _factors(self) -> Table:
+    @property
+    def factor_table(self) -> Table:
+        """Every stored tensor."""
         rows = tuple(
             (
                 entry.name,

@@ -17,8 +17,9 @@ from tensorpeft.network.lower import lower
 from tensorpeft.network.shapes import ModelShape
 from tensorpeft.planning.plan import plan
 from tensorpeft.planning.regime import Regime
-from tensorpeft.reporting.comparison import Comparison, Refused, Row
+from tensorpeft.reporting.comparison import Comparison, Refused, Row, Settings
 from tensorpeft.reporting.counting import report_of, trained
+from tensorpeft.reporting.report import Report
 
 Case = tuple[str, tuple[str, ...], int | None]  # a spec, what is set over its text, a budget
 
@@ -40,19 +41,35 @@ def sweep(given: Iterable[Case], shape: ModelShape) -> Comparison:
     return Comparison(rows, tuple(row for row in found if isinstance(row, Refused)))
 
 
+def row(name: str, chosen: Sequence[str], shape: ModelShape) -> Row:
+    """The report on a spec with settings.
+
+    Raises:
+        SpecError: the spec is wrong, or does not fit the model.
+    """
+    return Row(_settings(chosen), _report(load_spec(name, *map(parse_override, chosen)), shape))
+
+
 def _tried(case: Case, shape: ModelShape) -> Row | Refused:
     name, chosen, budget = case
-    spec = load_spec(name, *map(parse_override, chosen))
-    settings = [(key, value) for key, _, value in (setting.partition("=") for setting in chosen)]
+    spec, settings = load_spec(name, *map(parse_override, chosen)), _settings(chosen)
     if budget is not None:
-        settings.insert(0, ("budget", str(budget)))
+        settings = (("budget", str(budget)), *settings)
     try:
         if budget is not None:
             spec, rank = within(spec, shape, budget)
-            settings.append(("rank", str(rank)))
-        return Row(tuple(settings), report_of(plan(lower(spec, shape), Regime())))
+            settings = (*settings, ("rank", str(rank)))
+        return Row(settings, _report(spec, shape))
     except SpecError as refusal:
-        return Refused(tuple(settings), spec.name, str(refusal))
+        return Refused(settings, spec.name, str(refusal))
+
+
+def _settings(chosen: Sequence[str]) -> Settings:
+    return tuple((key, value) for key, _, value in (setting.partition("=") for setting in chosen))
+
+
+def _report(spec: Spec, shape: ModelShape) -> Report:
+    return report_of(plan(lower(spec, shape), Regime()))
 
 
 def within(spec: Spec, shape: ModelShape, budget: int) -> tuple[Spec, int]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tensorpeft.reporting.page import html, markdown, text
 from tensorpeft.reporting.report import binary
-from tensorpeft.reporting.table import Table, html, markdown, significant, text
+from tensorpeft.reporting.table import Table, significant
 
 TABLE = Table(("name", "count", "share"), (("a", 12345, 0.0000961083), ("b", 7, 12.34567)))
 

@@ -80,6 +80,13 @@ REFUSED = [
     ["sweep", "lora", "vera", "--model", "llama-2-7b", "--budget", "10k"],
     ["sweep", "constant.yaml", "--model", "llama-2-7b", "--budget", "10k"],
 ]
+ABSENT = """\
+tensorpeft: 1
+name: absent
+target: {matrices: [fc1]}
+structure: matrix
+rank: 4
+"""
 CONSTANT = """\
 tensorpeft: 1
 name: constant
@@ -208,19 +215,20 @@ def test_a_budget_is_used_up(budget):
 def test_what_does_not_fit_is_listed_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("constant.yaml").write_text(CONSTANT, encoding="utf-8")
-    specs = ["lora", "lorta", "constant.yaml", "fact_tt"]
+    Path("absent.yaml").write_text(ABSENT, encoding="utf-8")
+    specs = ["lora", "lorta", "constant.yaml", "absent.yaml"]
     command = ["sweep", *specs, "--model", "llama-2-7b", "--budget", "10k,100k"]
     rows = json.loads(done(*command, "--format", "json"))
     fitting, refused = rows[:2], rows[2:]
     assert [(row["name"], row["settings"]["budget"]) for row in fitting] == [("lorta", "10000"), ("lorta", "100000")]
     assert all("refused" not in row for row in fitting)
     assert [(row["name"], row["settings"]) for row in refused] == [
-        (name, {"budget": budget}) for name in ("lora", "constant", "fact_tt") for budget in ("10000", "100000")
+        (name, {"budget": budget}) for name in ("lora", "constant", "absent") for budget in ("10000", "100000")
     ]
     reasons = [row["refused"].splitlines()[0] for row in refused[::2]]
     assert reasons[0] == "it trains 524,288 numbers at rank 1, more than 10,000"
     assert reasons[1] == "it trains 131,072 numbers at every rank"
-    assert "specs/fact_tt.yaml:" in reasons[2]
+    assert reasons[2].startswith("absent.yaml:3:21: `fc1` matches nothing in llama-2-7b")
     shown = done(*command)
     assert all(reason in shown for reason in reasons)
 

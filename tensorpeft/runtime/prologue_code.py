@@ -27,7 +27,8 @@ class PrologueCode:
     def __init__(self, plan: Plan) -> None:
         self.graph = fx.Graph()
         self.dtype = self.graph.placeholder("dtype")
-        self.inputs = {b.name: self.graph.placeholder(f"block_{b.name}") for b in plan.network.blocks}
+        names = [block.name for block in plan.network.blocks]  # numbered: fx takes `G` and `g` for one name
+        self.inputs = {name: self.graph.placeholder(f"block{n}_{name}") for n, name in enumerate(names)}
         self.known: dict[tuple[object, ...], tuple[int, dict[Key, int]]] = {}
         self.cast: dict[str, fx.Node] = {}
         self.parts: dict[fx.Node, fx.Node] = {}

@@ -200,6 +200,7 @@ def test_json_of_one_spec_is_an_object():
         "stored": True,
         "masked": False,
         "init": "zeros",
+        "lr": 1.0,
     }
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from math import prod
 
 from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
+from tensorpeft.language.syntax import EVERYWHERE, Choice, Number, ranges
 from tensorpeft.language.words import TASK_MODE
 from tensorpeft.network.network import Block, Network
 from tensorpeft.network.rank import rank_bound
@@ -15,22 +16,27 @@ from tensorpeft.network.sites import in_order
 from tensorpeft.planning.plan import Plan
 from tensorpeft.reporting.report import FactorEntry, MatrixEntry, ModeEntry, Report
 
-Shape = tuple[str, int, int]  # matrix, d_out, d_in: what an entry of `matrices` stands for
+Chosen = tuple[tuple[str, float], ...]  # what differs from site to site, and its value there
+Kind = tuple[str, int, int, Chosen]  # matrix, d_out, d_in and choices: what an entry of `matrices` stands for
 _BINDINGS = ("attach", "row", "data", "sum")
 
 
 def report_of(plan: Plan) -> Report:
     """What the adapter of a plan costs."""
     network, spec, model = plan.network, plan.network.spec, plan.network.model
-    owned = _owned(network)
-    matrices = _matrices(network, owned)
+    kinds = _kinds(network)
+    owned = _owned(network, kinds)
+    matrices = _matrices(network, kinds, owned)
     return Report(
         name=spec.name,
         model=model.name,
         model_class=model.model_class,
         update=str(spec.update),
+        formulas=formulas(spec),
         scale=str(spec.scale),
         alpha=spec.alpha,
+        ranks={bond: str(size) for bond, size in spec.ranks},
+        dropout=dict(spec.dropout),
         seed=spec.seed,
         tokens=plan.regime.tokens,
         trainable=trained(network),
@@ -68,6 +74,7 @@ def _factor(block: Block) -> FactorEntry:
         stored=not block.seeded,
         masked=block.count != prod(shape),
         init=str(block.rule.init),
+        lr=block.rule.lr,
     )
 
 
@@ -79,31 +86,66 @@ def _uses(network: Network) -> Iterator[tuple[Block, Key, Site]]:
                 yield from ((operand.block, key, site) for key, site in zip(operand.keys, group.sites, strict=True))
 
 
-def _owned(network: Network) -> Counter[Shape | None]:
-    """How many trained numbers each shape alone uses, and, under None, how many several use."""
-    users: dict[tuple[str, Key], set[Shape]] = defaultdict(set)
+def _kinds(network: Network) -> dict[Key, Kind]:
+    """The entry of `matrices` that each site belongs to."""
+    spec = network.spec
+    bonds = [bond for bond, size in spec.ranks if isinstance(size, Choice)]
+    kinds: dict[Key, Kind] = {}
+    for group in network.groups:
+        sizes = {bond: term.sizes[bond] for term in group.terms for bond in bonds if bond in term.sizes}
+        scale = (("scale", group.scale),) if isinstance(spec.scale, Choice) else ()
+        for site in group.sites:
+            kinds[site.key] = site.matrix, site.d_out, site.d_in, (*sizes.items(), *scale)
+    return kinds
+
+
+def _owned(network: Network, kinds: dict[Key, Kind]) -> Counter[Kind | None]:
+    """How many trained numbers each kind alone uses, and, under None, how many several use."""
+    users: dict[tuple[str, Key], set[Kind]] = defaultdict(set)
     for block, key, site in _uses(network):
-        users[block.name, key].add(_shape(site))
-    owned: Counter[Shape | None] = Counter()
+        users[block.name, key].add(kinds[site.key])
+    owned: Counter[Kind | None] = Counter()
     for block in network.blocks:
         for key, size in zip(block.keys, block.key_sizes, strict=True):
-            shapes = users[block.name, key]
-            owned[next(iter(shapes)) if len(shapes) == 1 else None] += size * block.trainable
+            found = users[block.name, key]
+            owned[next(iter(found)) if len(found) == 1 else None] += size * block.trainable
     return owned
 
 
-def _shape(site: Site) -> Shape:
-    return site.matrix, site.d_out, site.d_in
-
-
-def _matrices(network: Network, owned: Counter[Shape | None]) -> tuple[MatrixEntry, ...]:
-    ranks: dict[Shape, int] = defaultdict(int)
+def _matrices(network: Network, kinds: dict[Key, Kind], owned: Counter[Kind | None]) -> tuple[MatrixEntry, ...]:
+    ranks: dict[Kind, int] = defaultdict(int)
     for group in network.groups:
         bound = rank_bound(group)
-        for shape in {_shape(site) for site in group.sites}:
-            ranks[shape] = max(ranks[shape], bound)
-    layers = Counter(map(_shape, in_order(network.sites, (site.matrix for site in network.model.sites))))
-    return tuple(MatrixEntry(shape[0], n, *shape[1:], owned[shape], ranks[shape]) for shape, n in layers.items())
+        for kind in {kinds[site.key] for site in group.sites}:
+            ranks[kind] = max(ranks[kind], bound)
+    members: dict[Kind, list[Site]] = defaultdict(list)
+    for site in in_order(network.sites, (site.matrix for site in network.model.sites)):
+        members[kinds[site.key]].append(site)
+    return tuple(
+        MatrixEntry(
+            matrix=matrix,
+            layers=len({site.layer for site in sites}),
+            d_out=d_out,
+            d_in=d_in,
+            trainable=owned[kind],
+            lora_rank=ranks[kind],
+            sites=len(sites),
+            at=ranges({site.layer for site in sites}),
+            chosen=dict(chosen),
+        )
+        for kind, sites in members.items()
+        for matrix, d_out, d_in, chosen in [kind]
+    )
+
+
+def formulas(spec: Spec) -> tuple[str, ...]:
+    """``dW = alpha / r * (B * A)``: one for each entry of the update."""
+    entries = spec.update.entries
+    several = len(entries) > 1 or EVERYWHERE not in entries
+    scaled = {
+        at: str(update) if spec.scale == Number(1) else f"{spec.scale} * ({update})" for at, update in entries.items()
+    }
+    return tuple(f"dW of {at} = {update}" if several else f"dW = {update}" for at, update in scaled.items())
 
 
 def _modes(network: Network) -> tuple[ModeEntry, ...]:

@@ -14,6 +14,7 @@ from tensorpeft.network.graph import is_copy
 from tensorpeft.network.network import Network, Operand
 from tensorpeft.network.rank import lora_rank
 from tensorpeft.reporting import svg
+from tensorpeft.reporting.counting import formulas
 from tensorpeft.reporting.panels import Node, Panel, columns, heights, panels, sites_of, span_of
 from tensorpeft.reporting.svg import Place
 
@@ -52,9 +53,9 @@ def drawing(network: Network) -> str:
     ET.SubElement(root, "style").text = svg.STYLE
     background = ET.SubElement(root, "rect", fill="#fff")
     spec = network.spec
-    update = f"dW = {spec.update}" if str(spec.scale) == "1" else f"dW = {spec.scale} * ({spec.update})"
     y = svg.paragraph(root, _MARGIN, _MARGIN + 8, f"{spec.name} on {network.model.name}", "title", _WRAPPED)
-    y = svg.paragraph(root, _MARGIN, y, update, "small", _WRAPPED)
+    for formula in formulas(spec):
+        y = svg.paragraph(root, _MARGIN, y, formula, "small", _WRAPPED)
     right, used = _MARGIN + _WRAPPED * svg.CHARACTER, set[str]()
     for panel in panels(network):
         group = ET.SubElement(root, "g", {"class": "panel"})

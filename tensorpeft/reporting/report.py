@@ -10,7 +10,7 @@ All counts are exact integers. A matrix that is named in several layers is one e
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from tensorpeft.reporting.page import Page
 from tensorpeft.reporting.table import Cell, Table, significant
@@ -32,10 +32,17 @@ class FactorEntry:
     stored: bool  # a checkpoint holds it; what it does not hold is drawn again from the seed
     masked: bool
     init: str
+    lr: float = 1.0  # multiplies the learning rate
 
     @property
     def kind(self) -> str:
         return "trained" if self.trainable else "frozen, stored" if self.stored else "frozen, seeded"
+
+    @property
+    def told(self) -> str:
+        """Its kind, and what else is special about it."""
+        rate = f", learning rate x {significant(self.lr)}" if self.lr != 1 else ""
+        return f"{self.kind}{', masked' if self.masked else ''}{rate}"
 
 
 @dataclass(frozen=True)
@@ -51,14 +58,17 @@ class ModeEntry:
 
 @dataclass(frozen=True)
 class MatrixEntry:
-    """The sites of one matrix and shape. ``trainable`` counts the trained numbers that no other entry uses."""
+    """The sites of one matrix, shape and choice. ``trainable`` counts the trained numbers that no other entry uses."""
 
     matrix: str
-    layers: int
+    layers: int  # how many
     d_out: int
     d_in: int
     trainable: int
     lora_rank: int
+    sites: int  # as many as layers, or more where a layer has several: its experts
+    at: str  # which layers, "0-3, 7"
+    chosen: dict[str, float] = field(default_factory=dict)  # what differs from site to site: a rank, the scale
 
 
 @dataclass(frozen=True)
@@ -69,8 +79,11 @@ class Report(Page):
     model: str
     model_class: str | None  # what `base` counts
     update: str
+    formulas: tuple[str, ...]  # dW, the scale included: one for each entry of the update
     scale: str
     alpha: float | None
+    ranks: dict[str, str]  # the size of each bond, as written
+    dropout: dict[str, float]  # by where: the input x, or a bond
     seed: int
     tokens: int  # per forward pass, which the order of contraction is planned for
     trainable: int
@@ -108,14 +121,15 @@ class Report(Page):
     @property
     def title(self) -> str:
         counted = f" ({self.model_class})" if self.model_class else ""
-        update = self.update if self.scale == "1" else f"{self.scale} * ({self.update})"
         alpha = "" if self.alpha is None else f", alpha = {self.alpha:g}"
-        return f"{self.name} on {self.model}{counted}\ndW = {update}{alpha}"
+        dropout = "".join(f", dropout of {where} = {significant(p)}" for where, p in self.dropout.items())
+        *others, last = self.formulas
+        return "\n".join([f"{self.name} on {self.model}{counted}", *others, f"{last}{alpha}{dropout}"])
 
     @property
     def tables(self) -> tuple[Table, ...]:
-        """Totals, factors, modes, matrices."""
-        return self._totals(), self.factor_table, self._modes(), self._matrices()
+        """Totals, memory, factors, modes, matrices."""
+        return self._totals(), self._memory(), self.factor_table, self._modes(), self._matrices()
 
     def to_data(self) -> dict[str, object]:
         """Fields and totals under their names, the tables last; integers exact."""
@@ -124,15 +138,11 @@ class Report(Page):
         return {**fields, **totals, **tables}
 
     def _totals(self) -> Table:
-        size = self.bytes
         rows: list[tuple[Cell, ...]] = [
             ("trained", self.trainable, f"{significant(self.percent)} % of the base's {self.base:,}"),
             ("frozen, stored", self.frozen_stored, "in the checkpoint"),
             ("frozen, seeded", self.frozen_seeded, f"not in the checkpoint: drawn again from seed {self.seed}"),
-            ("stored", self.stored, f"checkpoint of {binary(size['checkpoint'])} in float32"),
-            ("bytes in memory", size["factors"], f"{binary(size['factors'])}: all factors in float32"),
-            ("bytes of gradients", size["gradients"], f"{binary(size['gradients'])} in float32"),
-            ("bytes of AdamW states", size["optimizer"], f"{binary(size['optimizer'])}: two in float32"),
+            ("stored", self.stored, "in the checkpoint, all of it"),
             (
                 "FLOPs per token",
                 self.flops_per_token,
@@ -143,6 +153,16 @@ class Report(Page):
         ]
         return Table(("total", "number", "remark"), tuple(rows))
 
+    def _memory(self) -> Table:
+        told = {
+            "factors": "all of them, in float32",
+            "gradients": "of what is trained, in float32",
+            "optimizer": "AdamW's two numbers for each trained one, in float32",
+            "checkpoint": "on disk, in float32",
+        }
+        rows = tuple((name, self.bytes[name], binary(self.bytes[name]), remark) for name, remark in told.items())
+        return Table(("memory", "bytes", "", "remark"), rows)
+
     @property
     def factor_table(self) -> Table:
         """Every stored tensor."""
@@ -151,7 +171,7 @@ class Report(Page):
                 entry.name,
                 " x ".join(f"{mode} {size:,}" for mode, size in zip(entry.modes, entry.shape, strict=True)),
                 entry.count,
-                entry.kind + (", masked" if entry.masked else ""),
+                entry.told,
                 entry.init,
             )
             for entry in self.factors
@@ -167,11 +187,21 @@ class Report(Page):
         return Table(("mode", "size", "bound", "trained numbers", "frozen numbers"), rows)
 
     def _matrices(self) -> Table:
+        chosen = tuple(dict.fromkeys(key for m in self.matrices for key in m.chosen))
         rows: list[tuple[Cell, ...]] = [
-            (m.matrix, m.layers, f"{m.d_out:,} x {m.d_in:,}", m.trainable, m.lora_rank) for m in self.matrices
+            (
+                m.matrix,
+                m.layers if m.sites == m.layers else f"{m.layers} x {m.sites // m.layers}",
+                *((m.at, *(m.chosen.get(key, "") for key in chosen)) if chosen else ()),
+                f"{m.d_out:,} x {m.d_in:,}",
+                m.trainable,
+                m.lora_rank,
+            )
+            for m in self.matrices
         ]
-        rows.append(("shared by several", "", "", self.shared, ""))
-        return Table(("matrix", "layers", "d_out x d_in", "trained, its own", "rank of LoRA"), tuple(rows))
+        headers = ("matrix", "layers", *(("which", *chosen) if chosen else ()))
+        rows.append(("shared by several", *[""] * len(headers), self.shared, ""))
+        return Table((*headers, "d_out x d_in", "trained, its own", "rank of LoRA"), tuple(rows))
 
 
 def binary(n_bytes: int) -> str:

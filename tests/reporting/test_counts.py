@@ -116,7 +116,7 @@ def test_parts_add_up_to_totals(method, model):
     for kind, total in kinds.items():
         assert sum(f.count for f in found.factors if f.kind == kind) == total
     assert sum(m.trainable for m in found.matrices) + found.shared == found.trainable
-    assert sum(m.layers for m in found.matrices) == len(plan.network.sites)
+    assert sum(m.sites for m in found.matrices) == len(plan.network.sites)
     assert found.lora_rank == lora_rank(plan.network)
     for mode in found.modes:
         carriers = [f for f in found.factors if mode.name in f.modes]
@@ -151,3 +151,21 @@ factors: {B: {init: zeros}, P: {init: normal(0.1)}, Q: {init: normal(0.1)}}
         "r": "sum",
     }
     assert found.trainable == 24 * 768 * 4 + (24 + 32) * 4
+
+
+def test_what_an_optimizer_and_dropout_are_told():
+    text = """\
+tensorpeft: 1
+name: told
+target: {matrices: [query]}
+rank: {r: 4}
+update: B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in]
+factors: {B: {init: zeros, lr: 16}}
+dropout: {x: 0.1, r: 0.05}
+"""
+    found = report(text, model="vit-base")
+    assert {f.name: f.lr for f in found.factors} == {"B": 16, "A": 1}
+    assert [f.told for f in found.factors] == ["trained, learning rate x 16", "trained"]
+    assert found.title.splitlines()[1].endswith(", dropout of x = 0.1, dropout of r = 0.05")
+    assert found.to_data()["dropout"] == {"x": 0.1, "r": 0.05}
+    assert found.to_data()["ranks"] == {"r": "4"}

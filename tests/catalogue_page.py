@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import yaml
@@ -16,6 +17,8 @@ from tensorpeft.compile import front
 from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.errors import Problem, SpecError
 from tensorpeft.language.load import load_spec
+from tensorpeft.language.spec import Spec
+from tensorpeft.network.architecture import families
 from tensorpeft.network.families import model_shape
 from tensorpeft.network.shapes import ModelShape
 from tensorpeft.reporting.catalogue import Method, Paper, catalogue
@@ -42,7 +45,6 @@ def parts() -> dict[str, str]:
         "methods": methods(),
         "published counts": counts(),
         "counts that are not asserted": not_asserted(),
-        "architectures": architectures(),
         "fits": fits(),
     }
 
@@ -88,12 +90,11 @@ def _remark(row: published.Row, known: Iterable[str]) -> str:
     return "; ".join(f"{names[key]}{row[key]}" for key in row if key not in known)
 
 
-def architectures() -> str:
-    return ", ".join(f"`{family}` ({config['name']})" for family, config in ARCHITECTURES.items())
-
-
+@cache
 def shapes() -> dict[str, ModelShape]:
-    return {family: model_shape({"model_type": family, **config}) for family, config in ARCHITECTURES.items()}
+    """One model of every family, under the family's name."""
+    known = [(family, config) for family, config in ARCHITECTURES.items() if family in families()]
+    return {family: model_shape({"model_type": family, **config}) for family, config in known}
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,15 @@ class Refusal:
     place: str
 
 
+@cache
+def _loaded(spec: str) -> Spec:
+    return load_spec(spec)
+
+
 def outcome(spec: str, shape: ModelShape) -> Refusal | None:
     """None where a spec can be planned for a model."""
     try:
-        front(load_spec(spec), shape)
+        front(_loaded(spec), shape)
     except SpecError as refusal:
         return _refusal(refusal.problems[0])
     return None
@@ -123,19 +129,20 @@ def _refusal(problem: Problem) -> Refusal:
 
 def fits() -> str:
     notes: dict[str, list[str]] = {}  # message -> where it is said
-    models, rows = shapes(), []
-    for name in method_paths():
-        cells = []
-        for shape in models.values():
-            refusal = outcome(name, shape)
-            if refusal is None:
-                cells.append(OK)
-                continue
-            places = notes.setdefault(refusal.message, [])
-            if refusal.place not in places:
-                places.append(refusal.place)
-            cells.append(f"{refusal.key}[^{[*notes].index(refusal.message) + 1}]")
-        rows.append((name, *cells))
-    table = Table(("", *models), tuple(rows)).render("github")
+    rows = []
+    for family, shape in shapes().items():
+        found = [outcome(name, shape) for name in method_paths()]
+        rows.append((f"{family} ({ARCHITECTURES[family]['name']})", *(_cell(refusal, notes) for refusal in found)))
+    table = Table(("", *method_paths()), tuple(rows)).render("github")
     told = [f"[^{n}]: {message} ({', '.join(places)})" for n, (message, places) in enumerate(notes.items(), 1)]
     return "\n".join([table, "", *told])
+
+
+def _cell(refusal: Refusal | None, notes: dict[str, list[str]]) -> str:
+    """`ok`, or the key of the spec with the number of a footnote."""
+    if refusal is None:
+        return OK
+    places = notes.setdefault(refusal.message, [])
+    if refusal.place not in places:
+        places.append(refusal.place)
+    return f"{refusal.key}[^{[*notes].index(refusal.message) + 1}]"

@@ -18,7 +18,7 @@ def test_the_page_is_up_to_date(update_golden):
 
 
 def test_every_family_has_an_architecture_on_the_page():
-    assert sorted(catalogue_page.ARCHITECTURES) == sorted(families())
+    assert set(families()) <= set(catalogue_page.ARCHITECTURES), "missing in tests/golden/architectures.yaml"
 
 
 @pytest.mark.parametrize("name", method_paths())

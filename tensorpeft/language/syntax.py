@@ -151,8 +151,9 @@ class Call:
         if function is None:
             hint = did_you_mean(self.name, FUNCTIONS) or f"; expected one of {listing(FUNCTIONS)}"
             raise fail(f"unknown function `{self.name}`{hint}", self.span)
+        values = [arg.evaluate(names) for arg in self.args]  # what is wrong with one of them is told at its own place
         try:
-            return function(*(arg.evaluate(names) for arg in self.args))
+            return function(*values)
         except (TypeError, ArithmeticError, ValueError) as reason:
             raise fail(f"`{self}` cannot be computed: {reason}", self.span) from None
 

@@ -104,3 +104,12 @@ def test_every_node_knows_its_place() -> None:
     ]
     assert written == ["b[layer, d_out]", "B[d_out, r]", "A[r, d_in]"]
     assert [product.sign for product in update.products] == [1, -1]
+
+
+def test_what_is_wrong_with_an_argument_is_told_at_its_own_place() -> None:
+    with pytest.raises(SpecError) as refusal:
+        grammar.parse_arithmetic(literal("gcd(width, 4)")).evaluate({"text_width": 8})
+    (problem,) = refusal.value.problems
+    assert problem.message == "unknown name `width` in arithmetic; did you mean `text_width`?"
+    assert problem.span is not None
+    assert (problem.span.start, problem.span.end) == (4, 9)

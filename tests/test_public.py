@@ -56,16 +56,35 @@ def test_the_version_is_that_of_the_project():
     assert tensorpeft.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 
 
-def test_a_report_needs_no_torch():
-    """Not even the command line's, on a model of 70 billion parameters."""
+def without_torch(*command: str) -> str:
+    """What the command line prints, in a process of its own, in which no torch was imported."""
     script = (
-        "import sys; from tensorpeft.cli import main; "
-        "main(['report', 'lorta', '--model', 'llama-3-70b', '--format', 'json'], standalone_mode=False); "
+        f"import sys; from tensorpeft.cli import main; main({list(command)}, standalone_mode=False); "
         "assert not {'torch', 'transformers', 'safetensors'} & set(sys.modules)"
     )
-    found = json.loads(run(script))
+    return run(script)
+
+
+def test_a_report_needs_no_torch():
+    """Not even the command line's, on a model of 70 billion parameters."""
+    found = json.loads(without_torch("report", "lorta", "--model", "llama-3-70b", "--format", "json"))
     assert found["trainable"] == 8 * (4 + 80 + 64 + 8 + 128 + 8192)
     assert found["base"] == 70_553_706_496
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sweep", "--model", "llama-2-7b", "--budget", "20k"],
+        ["catalogue"],
+        ["explain", "lorta", "--model", "llama-3-70b", "--format", "svg"],
+        ["expand", "vera"],
+        ["check", "lora"],
+    ],
+    ids=" ".join,
+)
+def test_no_command_needs_torch_to_count_or_draw(command):
+    assert without_torch(*command)
 
 
 def test_python_dash_m():

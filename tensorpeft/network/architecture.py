@@ -111,7 +111,8 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """
     table, sizes = put(config)
     published = tuple((name, _sensible(name, sizes[name])) for name in table["sizes"])
-    entries = {role: entry for role, entry in table["matrices"].items() if sizes.value(entry.get("if", 1))}
+    there = ((role, entry) for role, entry in table["matrices"].items() if sizes.value(entry.get("if", 1)))
+    entries = {entry.get("role", role): entry for role, entry in there}
     reads = {role: together[0] for together in table.get("reads", ()) for role in together}
     matrices = tuple(_matrix(role, entry, sizes, reads.get(role)) for role, entry in entries.items())
     uncalled, unused = (tuple(table.get(key, ())) for key in ("uncalled", "unused"))

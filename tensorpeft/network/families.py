@@ -70,7 +70,8 @@ def _shape(name: str, config: Mapping[str, Any], where: str) -> ModelShape:
         table, sizes = put(config)
         _refuse_uncounted(table, config, sizes)
         model_class, added = _class(table, config)
-        prefix = "" if model_class.startswith(f"{table['stem']}Model") else table.get("prefix", "")
+        is_body = model_class.startswith(f"{table['stem']}Model")
+        prefix = added.get("prefix", "" if is_body else table.get("prefix", ""))
         start = f"{prefix}." if prefix else ""
         weights = [*_inside(known, start), *_outside(table, added, start, sizes)]
         others = [*_others(table, frozenset(), sizes), *_others(added, frozenset({"head"}), sizes)]

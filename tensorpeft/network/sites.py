@@ -18,7 +18,7 @@ def resolve(linears: Iterable[Linear], architecture: Architecture | None) -> tup
     Weights that the family knows have the family's roles, in its order. Every other one is named by its path: its expert is the
     integer behind a name such as ``experts``, its layer the first other integer in the path that differs between weights
     of otherwise equal paths (the first integer if none does, 0 if there is none), its matrix the path without these, cut to the
-    shortest dotted ending that begins with a name, is no role, and is no other matrix's ending. A module that the
+    shortest dotted ending that begins with a name, is no role's, and is no other matrix's ending. A module that the
     family never calls is a parameter of the module that reads it.
 
     Raises:
@@ -111,7 +111,8 @@ def _names(paths: Sequence[str], architecture: Architecture | None) -> dict[str,
     """For each path: the name of its matrix, the number of its layer and that of its expert, by the path alone."""
     experts = {path: _expert(path) for path in paths}
     located = _layers(list(dict.fromkeys(rest for rest, _ in experts.values())))
-    roles = {matrix.role for matrix in architecture.matrices} if architecture else set()
+    matrices = architecture.matrices if architecture else ()
+    roles = {ending for matrix in matrices for ending in _endings(matrix.role)}
     endings = {name: _endings(name) for name in {name for name, _ in located.values()}}
     count = Counter(ending for each in endings.values() for ending in each)
     short = {

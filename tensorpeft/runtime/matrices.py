@@ -23,10 +23,20 @@ def linears(path: str, module: nn.Module) -> Iterator[Linear]:
         if module.groups == 1:
             kernel = prod(module.kernel_size)
             yield Linear(path, module.out_channels, module.in_channels * kernel, "conv")
-    elif sides := _sides(module):
+    elif (sides := _sides(module)) and not is_router(module):
         yield Linear(path, *sides)
-    else:
+    elif not is_norm(module):
         yield from _own(path, module)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a normalisation layer, by the name of its class, which no interface tells."""
+    return "norm" in type(module).__name__.lower()
+
+
+def is_router(module: nn.Module) -> bool:
+    """Whether a linear module gives more than a product, the experts that it chose, by the name of its class."""
+    return "router" in type(module).__name__.lower()
 
 
 def _sides(module: nn.Module) -> tuple[int, int] | None:

@@ -59,16 +59,59 @@ VISION = {
 CLIP = {"text_config": TEXT, "vision_config": VISION, "projection_dim": 24}
 
 
-def layers(number: int, roles: tuple[str, ...], stack: str = "") -> dict[str, int]:
-    return {f"{stack}{role}": number for role in roles}
+BART = {
+    **{key: value for key, value in WHISPER.items() if key != "max_source_positions"},
+    "max_position_embeddings": 16,
+}
+EXPERTS = {**GROUPED, "moe_intermediate_size": 24, "num_experts_per_tok": 2, "experts_implementation": "eager"}
+DEEPSEEK = {
+    **TEXT,
+    "num_key_value_heads": 4,
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "q_lora_rank": 10,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 6,
+    "v_head_dim": 8,
+    "experts_implementation": "eager",
+}
+GPT_NEO = {"hidden_size": 32, "num_layers": 2, "num_heads": 4}
+DINO = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 16, "patch_size": 8}
+SOUND = {
+    **SMALL,
+    "vocab_size": 30,
+    "conv_dim": [8, 8, 8, 8, 8, 8, 12],
+    "conv_stride": [2, 2, 2, 1, 1, 1, 1],
+    "conv_kernel": [3, 3, 3, 3, 3, 2, 2],
+    "num_conv_pos_embeddings": 8,
+    "num_conv_pos_embedding_groups": 4,
+}
+
+
+def layers(number: int, roles: tuple[str, ...], stack: str = "", first: int = 0) -> dict[str, range]:
+    return {f"{stack}{role}": range(first, number) for role in roles}
 
 
 ATTENTION = ("query", "key", "value", "out")
 MLP = layers(2, (*ATTENTION, "fc1", "fc2"))
 GATED = layers(2, (*ATTENTION, "gate", "up", "down"))
+MIXTURE = (*ATTENTION, "experts.gate", "experts.up", "experts.down", "router")
+DEEPSEEK_ROLES = {
+    **layers(3, (*ATTENTION, "query_down", "kv_down")),
+    **layers(1, ("gate", "up", "down")),
+    **layers(
+        3, ("experts.gate", "experts.up", "experts.down", "router", "shared.gate", "shared.up", "shared.down"), first=1
+    ),
+}
 
 
-def encoder_decoder(mlp: tuple[str, ...]) -> dict[str, int]:
+def encoder_decoder(mlp: tuple[str, ...]) -> dict[str, range]:
     """Two layers of an encoder, and three of a decoder that attends to it."""
     encoder, decoder = layers(2, ATTENTION + mlp, "encoder."), layers(3, ATTENTION + mlp, "decoder.")
     return encoder | decoder | layers(3, ATTENTION, "decoder.cross.")
@@ -76,11 +119,11 @@ def encoder_decoder(mlp: tuple[str, ...]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Case:
-    """A class of transformers, the options of a small model of it, and in how many layers each matrix is."""
+    """A class of transformers, the options of a small model of it, and in which layers each matrix is."""
 
     name: str
     options: dict[str, Any]
-    matrices: dict[str, int]
+    matrices: dict[str, range]
 
     def build(self) -> nn.Module:
         model_class = getattr(transformers, self.name)
@@ -99,7 +142,7 @@ CASES = {
     "mixtral": Case(
         "MixtralForCausalLM",
         {**GROUPED, "num_local_experts": 4, "experts_implementation": "eager"},
-        layers(2, (*ATTENTION, "experts.gate", "experts.up", "experts.down", "router")),
+        layers(2, MIXTURE),
     ),
     "phi": Case("PhiForCausalLM", GROUPED, MLP),
     "phi3": Case("Phi3ForCausalLM", GROUPED, GATED),
@@ -127,6 +170,56 @@ CASES = {
     "t5, gated": Case("T5Model", {**T5, "feed_forward_proj": "gated-gelu"}, encoder_decoder(("gate", "up", "down"))),
     "whisper": Case("WhisperForConditionalGeneration", WHISPER, encoder_decoder(("fc1", "fc2"))),
     "clip": Case("CLIPModel", CLIP, layers(2, tuple(MLP), "text.") | layers(3, tuple(MLP), "vision.")),
+    "gemma3": Case("Gemma3ForCausalLM", {**GROUPED, "head_dim": 16}, GATED),
+    "olmo": Case("OlmoForCausalLM", GROUPED, GATED),
+    "olmo2": Case("Olmo2ForCausalLM", GROUPED, GATED),
+    "stablelm": Case("StableLmForCausalLM", GROUPED, GATED),
+    "starcoder2": Case("Starcoder2ForCausalLM", GROUPED, MLP),
+    "cohere": Case("CohereForCausalLM", GROUPED, GATED),
+    "granite": Case("GraniteForCausalLM", GROUPED, GATED),
+    "glm": Case("GlmForCausalLM", {**GROUPED, "head_dim": 16}, GATED),
+    "glm4": Case("Glm4ForCausalLM", {**GROUPED, "head_dim": 16}, GATED),
+    "smollm3": Case("SmolLM3ForCausalLM", GROUPED, GATED),
+    "gpt_neo": Case(
+        "GPTNeoForCausalLM",
+        {
+            **GPT_NEO,
+            "attention_types": [[["global", "local"], 1]],
+            "vocab_size": 100,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+        MLP,
+    ),
+    "qwen2_moe": Case(
+        "Qwen2MoeForCausalLM",
+        {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 40},
+        layers(2, (*MIXTURE, "shared.gate", "shared.up", "shared.down", "shared.switch")),
+    ),
+    "qwen3_moe": Case("Qwen3MoeForCausalLM", {**EXPERTS, "num_experts": 4, "head_dim": 16}, layers(2, MIXTURE)),
+    "olmoe": Case("OlmoeForCausalLM", {**EXPERTS, "num_experts": 4}, layers(2, MIXTURE)),
+    "phimoe": Case("PhimoeForCausalLM", {**EXPERTS, "num_local_experts": 4}, layers(2, MIXTURE)),
+    "gpt_oss": Case("GptOssForCausalLM", {**EXPERTS, "num_local_experts": 4, "head_dim": 16}, layers(2, MIXTURE)),
+    "deepseek_v3": Case("DeepseekV3ForCausalLM", DEEPSEEK, DEEPSEEK_ROLES),
+    "xlm-roberta": Case("XLMRobertaForSequenceClassification", TEXT, MLP),
+    "camembert": Case("CamembertForMaskedLM", TEXT, MLP),
+    "mpnet": Case("MPNetModel", TEXT, MLP),
+    "mt5": Case("MT5ForConditionalGeneration", T5, encoder_decoder(("gate", "up", "down"))),
+    "bart": Case("BartForConditionalGeneration", BART, encoder_decoder(("fc1", "fc2"))),
+    "mbart": Case("MBartForConditionalGeneration", BART, encoder_decoder(("fc1", "fc2"))),
+    "pegasus": Case("PegasusForConditionalGeneration", BART, encoder_decoder(("fc1", "fc2"))),
+    "marian": Case("MarianMTModel", {**BART, "decoder_vocab_size": 100}, encoder_decoder(("fc1", "fc2"))),
+    "deit": Case("DeiTForImageClassification", {**SMALL, "image_size": 16, "patch_size": 8}, MLP),
+    "beit": Case("BeitForImageClassification", {**SMALL, "image_size": 16, "patch_size": 8}, MLP),
+    "dinov2": Case("Dinov2ForImageClassification", DINO, MLP),
+    "siglip": Case(
+        "SiglipModel",
+        {**CLIP, "text_config": {**TEXT, "projection_size": 48}},
+        layers(2, tuple(MLP), "text.") | layers(3, tuple(MLP), "vision."),
+    ),
+    "modernbert": Case("ModernBertForMaskedLM", TEXT, GATED),
+    "wav2vec2": Case("Wav2Vec2ForCTC", SOUND, MLP),
+    "hubert": Case("HubertModel", {**SOUND, "feat_extract_norm": "layer"}, MLP),
     "mamba": Case(
         "MambaForCausalLM",
         {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 100},
@@ -135,6 +228,7 @@ CASES = {
 }
 
 
+NOT_ON_CARDS = (*(f"head.attention.{name}" for name in ("in_proj_weight", "out_proj")), ".conv")
 FIRST_LAYER = "tensorpeft: 1\ntarget: {matrices: [all-linear], layers: [0]}\nstructure: matrix\nrank: 2\n"
 
 
@@ -144,20 +238,22 @@ def on_meta(case: Case) -> nn.Module:
 
 
 def inputs(model: nn.Module) -> dict[str, Tensor]:
-    """What the forward of a small model takes: token ids (2, 7), images (2, 3, 16, 16), or sounds (2, 8, 12)."""
+    """What the forward of a small model takes: token ids (2, 7), images (2, 3, 16, 16), spectra (2, 8, 12) or sounds (2, 200)."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 100, (2, 7), generator=generator)
     image = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64)
     match model.config.model_type:
-        case "vit":
+        case "vit" | "deit" | "beit" | "dinov2":
             return {"pixel_values": image}
-        case "clip":
+        case "clip" | "siglip":
             return {"input_ids": ids, "pixel_values": image}
-        case "t5":
+        case "t5" | "mt5" | "bart" | "mbart" | "pegasus" | "marian":
             return {"input_ids": ids, "decoder_input_ids": ids[:, :5]}
         case "whisper":
             sound = torch.randn(2, 8, 12, generator=generator, dtype=torch.float64)
             return {"input_features": sound, "decoder_input_ids": ids}
+        case "wav2vec2" | "hubert":
+            return {"input_values": torch.randn(2, 200, generator=generator, dtype=torch.float64)}
         case _:
             return {"input_ids": ids}
 
@@ -176,8 +272,10 @@ def test_every_family_is_tried():
 def test_a_model_has_the_shape_of_its_config(name):
     model = on_meta(CASES[name])
     live, read = scan(model), model_shape({**model.config.to_dict(), "architectures": [CASES[name].name]})
-    assert {*live.sites} == {*read.sites}
-    assert [site for site in live.sites if site.is_linear] == [site for site in read.sites if site.is_linear]
+    on_card = {site for site in live.sites if not site.path.endswith(NOT_ON_CARDS)}
+    assert on_card == {*read.sites}
+    linear = [site for site in live.sites if site.is_linear and site in on_card]
+    assert linear == [site for site in read.sites if site.is_linear]
     assert live.sizes == read.sizes
     assert (live.n_parameters, live.family) == (read.n_parameters, read.family)
     assert live.name == live.model_class == CASES[name].name
@@ -185,9 +283,13 @@ def test_a_model_has_the_shape_of_its_config(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_role_is_in_every_layer(name):
-    sites = [site for site in scan(on_meta(CASES[name])).sites if site.stack is not None and site.kind != "embedding"]
+    sites = [
+        site
+        for site in scan(on_meta(CASES[name])).sites
+        if site.stack is not None and site.kind in ("linear", "parameter")
+    ]
     found = sorted({(site.matrix, site.layer) for site in sites})
-    assert found == sorted((role, n) for role, count in CASES[name].matrices.items() for n in range(count))
+    assert found == sorted((role, n) for role, numbers in CASES[name].matrices.items() for n in numbers)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -231,9 +333,8 @@ def test_the_hooks_add_what_a_merge_adds(name):
     base, state = run(model), {key: value.clone() for key, value in model.state_dict().items()}
     adapter = tp.attach(model, FIRST_LAYER)
     randomise(adapter, std=0.1)
-    assert {site.matrix for site in adapter.sites} == {
-        site.matrix for site in scan(model).sites if site.is_linear and site.stack
-    }
+    linear = [site for site in scan(model).sites if site.is_linear and site.stack is not None and site.layer == 0]
+    assert {site.key for site in adapter.sites} == {site.key for site in linear}
     hooked = run(model)
     adapter.merge()
     merged = run(model)
@@ -324,9 +425,9 @@ def test_the_parts_of_a_fused_mlp():
     ],
 )
 def test_an_entry_means_every_stack_or_one(name, entry, matrices):
-    counts = CASES[name].matrices
+    numbers = CASES[name].matrices
     sites = choose(Target((entry,)), scan(on_meta(CASES[name])))
-    assert [site.key for site in sites] == [(matrix, n) for matrix in matrices for n in range(counts[matrix])]
+    assert [site.key for site in sites] == [(matrix, n) for matrix in matrices for n in numbers[matrix]]
 
 
 def test_an_entry_that_no_stack_has():

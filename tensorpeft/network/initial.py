@@ -8,12 +8,26 @@ from math import sqrt
 import numpy as np
 
 from tensorpeft.language.errors import fail
+from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Call, Name, Spectral
 from tensorpeft.network import random
 from tensorpeft.network.network import Block
 from tensorpeft.network.shapes import Key
 
 CONSTANTS = ("zeros", "ones", "constant")
+
+
+def origin(spec: Spec, factor: str) -> str:
+    """The factor whose numbers a factor starts from: of one that is ``start(F)``, those of F."""
+    seen = {factor}
+    while isinstance(init := spec.factor(factor).init, Call) and init.name == "start":
+        (source,) = init.args
+        assert isinstance(source, Name)
+        if source.name in seen:
+            raise fail(f"`{init}` leads back to `{source.name}` itself", init.span)
+        factor = source.name
+        seen.add(factor)
+    return factor
 
 
 def initial_values(block: Block, seed: int) -> Iterator[tuple[Key, np.ndarray | float]]:

@@ -2,151 +2,194 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from typing import TypeVar
 
 from tensorpeft.language.errors import fail
 from tensorpeft.language.source import Span
-from tensorpeft.language.spec import SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
-from tensorpeft.language.syntax import Definition, Expression
+from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
+from tensorpeft.language.syntax import Definition, Expression, Part, Spectral
+from tensorpeft.network.initial import origin
+from tensorpeft.network.modes import Parts, parts_of, split_modes
+from tensorpeft.network.selection import Kind, chosen
 from tensorpeft.network.shapes import ModelShape, Site
 
 _Value = TypeVar("_Value")
 LARGEST = 2**31  # of one mode: beyond it nothing fits a tensor index
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
-    """Sizes and atoms of every mode at a site."""
+    """Sizes and parts of the modes that products use at a site; ``names`` are those that arithmetic may speak of there."""
 
     sizes: dict[str, int]
-    parts: dict[str, tuple[str, ...]]
+    parts: Parts
     scale: float
+    names: dict[str, float]
 
-    def atoms(self, mode: str, carried: Set[str]) -> tuple[str, ...]:
-        """What a mode comes down to among carried ones: itself, or its atoms in order if one of its parts is carried."""
-        if not self._inside(mode) & carried:
-            return (mode,)
-        return tuple(atom for part in self.parts[mode] for atom in self.atoms(part, carried))
+    def atoms(self, carried: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """What some modes, and both sides, come down to: each to itself, or to its parts where another lies partly within it."""
+        modes = (*carried, *SIDES)
+        whole = dict.fromkeys(modes)
+        while mixed := [mode for mode in whole if mode in self.parts and self._overlaps(mode, whole)]:
+            largest = max(mixed, key=lambda mode: len(self._leaves(mode)))  # its parts may be enough
+            del whole[largest]
+            whole |= dict.fromkeys(self.parts[largest])
+        return {mode: self._within(mode, whole) for mode in modes}
 
-    def _inside(self, mode: str) -> set[str]:
-        parts = self.parts.get(mode, ())
-        return {*parts}.union(*map(self._inside, parts))
+    def _overlaps(self, mode: str, others: Iterable[str]) -> bool:
+        mine = self._leaves(mode)
+        return any(other != mode and not mine.isdisjoint(self._leaves(other)) for other in others)
+
+    def _leaves(self, mode: str) -> set[str]:
+        return set().union(*map(self._leaves, self.parts[mode])) if mode in self.parts else {mode}
+
+    def _within(self, mode: str, whole: Iterable[str]) -> tuple[str, ...]:
+        return (
+            (mode,) if mode in whole else tuple(atom for part in self.parts[mode] for atom in self._within(part, whole))
+        )
 
 
-def used_modes(spec: Spec) -> set[str]:
-    """Every mode that a factor or a definition names."""
-    written = {mode for product in spec.update.products for factor in product.factors for mode in factor.modes}
-    return written | {part.name for definition in spec.modes for part in definition.parts}
-
-
-def layout(spec: Spec, model: ModelShape, site: Site) -> Layout:
-    """Resolve the modes of a spec at a site.
+def layout(spec: Spec, model: ModelShape, kind: Kind) -> Layout:
+    """Resolve the modes that the products of a kind of sites use.
 
     Raises:
         SpecError: a size that is not a positive whole number, a split that does not divide, a matrix without heads.
     """
-    used = used_modes(spec)
-    sizes = {"d_out": site.d_out, "d_in": site.d_in}
-    if spec.tasks:
-        sizes["task"] = spec.tasks
-    parts = {definition.name: tuple(part.name for part in definition.parts) for definition in spec.modes}
-    if used.intersection(STRUCTURAL_MODES):
-        _add_structure(spec, site, used, sizes, parts)
-    names: dict[str, float] = {**dict(model.sizes), **sizes}
-    for name, expression in _in_order(spec):
-        names[name] = sizes[name] = _whole(expression, names, f"rank `{name}`", site)
-    for definition in spec.modes:
-        if definition.name in sizes:
-            _split(definition, sizes[definition.name], sizes, names, site)
-    for definition in spec.modes:
-        sizes.setdefault(definition.name, prod(sizes[p] for p in parts[definition.name] if p not in SITE_MODES))
-    if spec.alpha is not None:
-        names["alpha"] = spec.alpha
-    return Layout(sizes, parts, float(spec.scale.evaluate(names)))
+    sizes = _Sizes(spec, model, kind)
+    written = (*dict(spec.ranks), *(part.name for definition in spec.modes for part in definition.parts))
+    for mode in dict.fromkeys((*written, *sorted(kind.used))):  # in the order of the text, for the first error's sake
+        if mode in kind.used and mode not in SITE_MODES:
+            sizes.size(mode)
+    scale = chosen(spec.scale, "`scale`", kind.example)
+    given = {} if spec.alpha is None else {"alpha": spec.alpha}
+    value = float(scale.evaluate({**sizes.names(scale.names), **given}))
+    spoken_of = sizes.names(_spoken_of(spec, kind))
+    return Layout(sizes.known, sizes.parts, value, spoken_of)
 
 
-def _add_structure(
-    spec: Spec, site: Site, used: set[str], sizes: dict[str, int], parts: dict[str, tuple[str, ...]]
-) -> None:
-    """Give `head`, `head_dim` and `width` their sizes, and split each side by them unless the spec does so itself."""
-    heads = _said_of(site, spec.heads.count, site.heads)
-    written = {
-        part.name: definition.name for definition in spec.modes if definition.name in SIDES for part in definition.parts
-    }
-    side = written.get("head", _said_of(site, spec.heads.side, site.head_side)) or "d_out"
-    if heads is None:
-        span = next(
-            (f.span for p in spec.update.products for f in p.factors if {"head", "head_dim", "width"} & {*f.modes}),
-            None,
+def _spoken_of(spec: Spec, kind: Kind) -> set[str]:
+    """The names in the initialisers of a kind's factors."""
+    factors = {f.factor for product in kind.products for f in product.factors} - {BASE_WEIGHT}
+    inits = (spec.factor(origin(spec, factor)).init for factor in factors)
+    return {name for init in inits for name in (init.power if isinstance(init, Spectral) else init).names}
+
+
+class _Sizes:
+    """The sizes at one kind of sites, each found when it is asked for."""
+
+    def __init__(self, spec: Spec, model: ModelShape, kind: Kind) -> None:
+        self.spec, self.kind, self.site = spec, kind, kind.example
+        self.parts = parts_of(spec.modes)
+        self.ranks, self.model = dict(spec.ranks), dict(model.sizes)
+        self.known = {"d_out": self.site.d_out, "d_in": self.site.d_in}
+        if spec.tasks:
+            self.known["task"] = spec.tasks
+        splits = split_modes(spec.modes)
+        self.definitions = {definition.name: definition for definition in spec.modes}
+        self.split_of = {part.name: d for d in spec.modes if d.name in splits for part in d.parts}
+        self.written = {part.name: part.size for d in spec.modes for part in d.parts if part.size is not None}
+        if not kind.used.isdisjoint(STRUCTURAL_MODES):
+            self._add_structure()
+
+    def names(self, names: Iterable[str]) -> dict[str, float]:
+        """The values of the names that mean something here; those of the model in any case."""
+        sized = {name: self.size(name) for name in names if name in self.known or name in self.ranks}
+        return {**self.model, **sized}
+
+    def size(self, mode: str) -> int:
+        """The size of a mode or bond."""
+        if mode not in self.known:
+            if mode in self.ranks:
+                what = f"the rank of `{mode}`"
+                self.known[mode] = self._whole(chosen(self.ranks[mode], what, self.site), f"rank `{mode}`")
+            elif mode in self.split_of:
+                self._split(self.split_of[mode])
+            elif mode in self.written:
+                self.known[mode] = self._whole(self.written[mode], f"mode `{mode}`")
+            else:
+                self.known[mode] = prod(self.size(part) for part in self.parts[mode] if part not in SITE_MODES)
+        return self.known[mode]
+
+    def _whole(self, expression: Expression, what: str) -> int:
+        value = expression.evaluate(self.names(expression.names))
+        if value != int(value):
+            message = f"{what} is {value:g} at {self.site}, expected a whole number; use ceil() or floor()"
+            raise fail(message, expression.span)
+        if not 1 <= value < LARGEST:
+            message = f"{what} is {value:g} at {self.site}, expected a number from 1 to {LARGEST - 1}"
+            raise fail(message, expression.span)
+        return int(value)
+
+    def _split(self, definition: Definition) -> None:
+        """Size the parts of a mode: those that are given, and the rest as near to each other as the number allows."""
+        total = remaining = self.size(definition.name)
+        free = []
+        for part in definition.parts:
+            given = self._given(part)
+            if given is None:
+                free.append(part.name)
+                continue
+            if remaining % given:
+                raise self._uneven(definition, total, part.span)
+            self.known[part.name] = given
+            remaining //= given
+        if not free and remaining != 1:
+            raise self._uneven(definition, total, definition.span)
+        self.known.update(zip(free, balanced(remaining, len(free)), strict=True))
+
+    def _given(self, part: Part) -> int | None:
+        """The size of a part where it does not depend on the whole."""
+        if part.size is not None or part.name in self.known or part.name in self.ranks:
+            return self.size(part.name) if part.size is None else self._whole(part.size, f"mode `{part.name}`")
+        inside = (
+            [self._given(inner) for inner in self.definitions[part.name].parts] if part.name in self.parts else [None]
         )
-        raise fail(
-            f"matrix `{site.matrix}` ({site.module}) has no heads, which the modes of this spec need; "
-            "leave it out of `target`, or give `heads: {count: ...}`",
-            span or spec.update.span,
-        )
-    if sizes[side] % heads:
-        raise fail(f"{heads} heads do not divide {side} = {sizes[side]} of {site}", spec.target.span(site.matrix))
-    other = SIDES[1 - SIDES.index(side)]
-    sizes.update(head=heads, head_dim=sizes[side] // heads, width=sizes[other])
-    if "head" not in written and "head_dim" not in written:
-        parts.setdefault(side, ("head", "head_dim"))
-    if "width" in used and "width" not in written:
-        parts.setdefault(other, ("width",))
+        return None if None in inside else prod(filter(None, inside))
+
+    def _uneven(self, definition: Definition, total: int, span: Span | None) -> Exception:
+        message = f"the parts of `{definition}` do not multiply to {definition.name} = {total} of {self.site}"
+        return fail(message, span)
+
+    def _add_structure(self) -> None:
+        """Give `head`, `head_dim` and `width` their sizes, and split each side by them unless the spec does so itself."""
+        site, used, parts = self.site, self.kind.used, self.parts
+        heads = said_of(site, self.spec.heads.count, site.heads)
+        written = {part: side for side in SIDES for part in parts.get(side, ())}
+        side = written.get("head", said_of(site, self.spec.heads.side, site.head_side)) or "d_out"
+        if heads is None:
+            raise fail(
+                f"matrix `{site.matrix}` ({site.module}) has no heads, which the modes of this spec need; "
+                "leave it out of `target`, or give `heads: {count: ...}`",
+                self._structural_span(),
+            )
+        if self.known[side] % heads:
+            message = f"{heads} heads do not divide {side} = {self.known[side]} of {site}"
+            raise fail(message, self.spec.target.span(site.matrix))
+        other = SIDES[1 - SIDES.index(side)]
+        self.known.update(head=heads, head_dim=self.known[side] // heads, width=self.known[other])
+        if "head" not in written and "head_dim" not in written:
+            parts.setdefault(side, ("head", "head_dim"))
+        if "width" in used and "width" not in written:
+            parts.setdefault(other, ("width",))
+
+    def _structural_span(self) -> Span | None:
+        references = (f for product in self.kind.products for f in product.factors)
+        spans = (f.span for f in references if not set(STRUCTURAL_MODES).isdisjoint(f.modes))
+        return next(spans, None) or self.spec.update.span
 
 
-def _said_of(site: Site, values: Iterable[tuple[str, _Value]], otherwise: _Value | None) -> _Value | None:
+def said_of(site: Site, values: Iterable[tuple[str, _Value]], otherwise: _Value | None) -> _Value | None:
     """The value that a spec gives for a site's matrix, else for ``*``, else what the model says."""
     by_matrix = dict(values)
     named = next((value for matrix, value in by_matrix.items() if site.is_named(matrix)), by_matrix.get("*"))
     return otherwise if named is None else named
 
 
-def _in_order(spec: Spec) -> list[tuple[str, Expression]]:
-    """The ranks, each after those that its expression names."""
-    waiting, ordered = dict(spec.ranks), []
-    while waiting:
-        ready = [name for name, expression in waiting.items() if not expression.names & waiting.keys()]
-        if not ready:
-            name, expression = next(iter(waiting.items()))
-            raise fail(f"rank `{name}` depends on itself through `{expression}`", expression.span)
-        ordered += [(name, waiting.pop(name)) for name in ready]
-    return ordered
-
-
-def _whole(expression: Expression, names: dict[str, float], what: str, site: Site) -> int:
-    value = expression.evaluate(names)
-    if value != int(value):
-        raise fail(f"{what} is {value:g} at {site}, expected a whole number; use ceil() or floor()", expression.span)
-    if not 1 <= value < LARGEST:
-        raise fail(f"{what} is {value:g} at {site}, expected a number from 1 to {LARGEST - 1}", expression.span)
-    return int(value)
-
-
-def _split(definition: Definition, total: int, sizes: dict[str, int], names: dict[str, float], site: Site) -> None:
-    """Size the parts of a mode: as written, as known already, and the rest as near to each other as the number allows."""
-    free = []
-    remaining = total
-    for part in definition.parts:
-        if part.size is not None:
-            sizes[part.name] = _whole(part.size, names, f"mode `{part.name}`", site)
-        if part.name not in sizes:
-            free.append(part.name)
-            continue
-        if remaining % sizes[part.name]:
-            raise _uneven(definition, total, site, part.span)
-        remaining //= sizes[part.name]
-    if not free and remaining != 1:
-        raise _uneven(definition, total, site, definition.span)
-    sizes.update(zip(free, balanced(remaining, len(free)), strict=True))
-
-
-def _uneven(definition: Definition, total: int, site: Site, span: Span | None) -> Exception:
-    return fail(f"the parts of `{definition}` do not multiply to {definition.name} = {total} of {site}", span)
-
-
+@cache
 def balanced(number: int, parts: int) -> tuple[int, ...]:
     """Whole factors of a number, ascending, each the divisor nearest to the geometric mean of what is left.
 

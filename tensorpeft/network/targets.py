@@ -13,7 +13,7 @@ from fnmatch import fnmatchcase
 from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
 from tensorpeft.language.source import Span
 from tensorpeft.language.spec import Target
-from tensorpeft.language.syntax import ranges
+from tensorpeft.language.syntax import Selector, ranges
 from tensorpeft.network.shapes import Key, ModelShape, Site
 from tensorpeft.network.sites import in_order
 
@@ -69,11 +69,24 @@ def match(entry: str, shape: ModelShape) -> tuple[Site, ...]:
     if "{layer}" in entry or "{matrix}" in entry:
         return tuple(filter(None, (_bound(_pattern(entry), site, shape) for site in shape.sites)))
     if _is_glob(entry):
-        glob = f"*.{entry.removeprefix('*.')}"
-        return tuple(s for s in shape.sites if fnmatchcase(f".{s.path}", glob) or fnmatchcase(f".{s.matrix}", glob))
+        return tuple(site for site in shape.sites if _fits_glob(entry, site))
     exact = tuple(site for site in shape.sites if site.matrix == entry)
     named = exact or tuple(site for site in shape.sites if site.is_named(entry))
-    return named or tuple(site for site in shape.sites if f".{site.path}".endswith(f".{entry}"))
+    return named or tuple(site for site in shape.sites if is_meant(entry, site))
+
+
+def fits(selector: Selector, site: Site) -> bool:
+    """Whether a selector speaks of a site. One of layers speaks of no site outside the layers."""
+    if selector.layers is not None and (site.stack is None or site.layer not in selector.layers):
+        return False
+    return not selector.matrices or any(is_meant(name, site) for name in selector.matrices)
+
+
+def is_meant(name: str, site: Site) -> bool:
+    """Whether a name is that of a site's matrix, or the dotted ending of it or of the module's path, or a glob over both."""
+    if _is_glob(name):
+        return _fits_glob(name, site)
+    return site.is_named(name) or f".{site.path}".endswith(f".{name}")
 
 
 def fingerprint(sites: Iterable[Site]) -> str:
@@ -131,6 +144,11 @@ def _means_some(entry: str) -> bool:
 
 def _is_glob(entry: str) -> bool:
     return any(character in entry for character in "*?[")
+
+
+def _fits_glob(entry: str, site: Site) -> bool:
+    glob = f"*.{entry.removeprefix('*.')}"
+    return fnmatchcase(f".{site.path}", glob) or fnmatchcase(f".{site.matrix}", glob)
 
 
 def _lacking(found: Iterable[Site], target: Target, shape: ModelShape) -> dict[str, set[int]]:

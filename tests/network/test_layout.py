@@ -11,6 +11,7 @@ from tensorpeft.language.errors import SpecError
 from tensorpeft.language.load import load_spec
 from tensorpeft.network.families import model_shape
 from tensorpeft.network.layout import Layout, balanced, layout
+from tensorpeft.network.selection import kinds
 
 LLAMA = model_shape(
     {
@@ -27,7 +28,8 @@ LLAMA = model_shape(
 
 def layout_of(text: str, matrix: str = "query") -> Layout:
     spec = load_spec(f"tensorpeft: 1\ntarget: {{matrices: [{matrix}]}}\n{text}")
-    return layout(spec, LLAMA, next(site for site in LLAMA.sites if site.matrix == matrix))
+    site = next(site for site in LLAMA.sites if site.matrix == matrix)
+    return layout(spec, LLAMA, kinds(spec, [site])[0][1])
 
 
 @pytest.mark.parametrize(
@@ -100,14 +102,20 @@ def test_heads(extra: str, matrix: str, expected: tuple[int, int, int], split: s
     assert tuple(found.sizes[mode] for mode in ("head", "head_dim", "width")) == expected
     other = "d_in" if split == "d_out" else "d_out"
     carried = {"head", "head_dim", "width"}
-    assert (found.atoms(split, carried), found.atoms(other, carried)) == (("head", "head_dim"), ("width",))
+    atoms = found.atoms(carried)
+    assert (atoms[split], atoms[other]) == (("head", "head_dim"), ("width",))
 
 
-def test_a_mode_is_split_only_where_a_part_is_carried() -> None:
-    found = Layout({}, {"d_out": ("a", "b"), "b": ("c", "e")}, 1.0)
-    assert found.atoms("d_out", {"d_out", "r"}) == ("d_out",)
-    assert found.atoms("d_out", {"a"}) == ("a", "b")
-    assert found.atoms("d_out", {"e"}) == ("a", "c", "e")
+def test_a_mode_is_split_only_where_another_lies_partly_within_it() -> None:
+    found = Layout({}, {"d_out": ("a", "b"), "b": ("c", "e"), "s": ("c", "r"), "t": ("r", "q")}, 1.0, {})
+    assert found.atoms(["d_out", "r"])["d_out"] == ("d_out",)
+    assert found.atoms(["a", "b"])["d_out"] == ("a", "b")
+    assert found.atoms(["a", "e"])["d_out"] == ("a", "c", "e")
+    apart = found.atoms(["a", "s", "e"])
+    assert (apart["d_out"], apart["s"]) == (("a", "c", "e"), ("c", "r"))
+    chain = found.atoms(["s", "t"])
+    assert (chain["s"], chain["t"], chain["d_out"]) == (("c", "r"), ("r", "q"), ("a", "c", "e"))
+    assert found.atoms(["t", "q"])["t"] == ("r", "q")
 
 
 PLACE = r"query of layer 0 (model.layers.0.self_attn.q_proj)"
@@ -123,10 +131,9 @@ ERRORS = {
     "structure: matrix\nrank: 2\nragged: error\ntarget: {matrices: [query, key]}": (
         "mode `d_out` of factor `B` is ragged, its sizes are 32 and 64, and `ragged: error` forbids it"
     ),
-    "update: W[d_out, d_in] * v[d_out]\nfactors: {v: {init: zeros}}": "the base weight `W` in an update is not supported yet",
-    "update: B[expert, d_out, r] * A[r, d_in]\nrank: 2\nfactors: {B: {init: zeros}}": "the mode `expert` is not supported yet",
     "update: B[slot, d_out, r] * A[r, d_in]\nmodes: [slot = layer * expert]\nrank: 2\nfactors: {B: {init: zeros}}": (
-        "the mode `expert` is not supported yet"
+        f"`B[slot, d_out, r]` carries the mode `expert`, and {PLACE} belongs to none; "
+        "expected a target of experts alone, or an entry of `update` for the other matrices"
     ),
     "update: A[d_out, o1, r] * B[d_in, r] * C[o2]\nmodes: ['d_out = o1 * o2']\nrank: 2\nfactors: {A: {init: zeros}}": (
         "`A[d_out, o1, r]` carries `o1` twice, once within another mode"

@@ -133,7 +133,7 @@ def stored_at(
     free = [mode for mode in written if mode not in AT_SITE]
     sizes = [modes.size(mode) for mode in free]
     mine = tuple(getattr(site, mode) for mode in AT_SITE if mode in written)
-    block = block_of(adapter, reference.factor, mine, dict(zip(free, sizes, strict=True)))
+    block = block_of(adapter, reference.factor, mine, sizes)
     tensor = tensors[block.name]
     for number in reversed(range(len(block.axes))):
         axis = block.axes[number]
@@ -151,7 +151,7 @@ def written_modes(reference: Reference, modes: Modes) -> list[str]:
     return [m for mode in reference.modes for m in (modes.atoms(mode) if {*modes.atoms(mode)} & {*AT_SITE} else [mode])]
 
 
-def block_of(adapter: tp.Adapter, factor: str, key: tuple, sizes: dict[str, int]) -> Block:
+def block_of(adapter: tp.Adapter, factor: str, key: tuple, sizes: list[int]) -> Block:
     """The block that a site uses: of several sizes of a mode, its own where the policy is one tensor for each."""
     (block,) = (
         block
@@ -159,8 +159,8 @@ def block_of(adapter: tp.Adapter, factor: str, key: tuple, sizes: dict[str, int]
         if block.factor == factor
         and key in block.keys
         and all(
-            axis.size == sizes[axis.mode] or adapter.spec.policy(axis.mode) in ("slice", "group")
-            for axis in block.free_axes
+            axis.size == size or adapter.spec.policy(axis.mode) in ("slice", "group")
+            for axis, size in zip(block.free_axes, sizes, strict=True)
         )
     )
     return block
@@ -225,7 +225,7 @@ def counted(adapter: tp.Adapter) -> int:
                 written = written_modes(reference, modes)
                 key = tuple(getattr(site, mode) for mode in AT_SITE if mode in written)
                 free = [mode for mode in written if mode not in AT_SITE]
-                block = block_of(adapter, reference.factor, key, {mode: modes.size(mode) for mode in free})
+                block = block_of(adapter, reference.factor, key, [modes.size(mode) for mode in free])
                 kept = (None,) * len(free) if block.kept is None else block.kept[key]
                 left = tuple(
                     modes.size(mode) if some is None else len(some) for mode, some in zip(free, kept, strict=True)

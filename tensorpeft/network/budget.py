@@ -1,0 +1,123 @@
+"""How many numbers a spec trains on a model, without its network; and the largest rank within a budget."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from math import prod
+
+from tensorpeft.language.errors import SpecError, fail
+from tensorpeft.language.spec import Spec
+from tensorpeft.language.syntax import Number
+from tensorpeft.network.checks import check_experts, check_names
+from tensorpeft.network.layout import layout
+from tensorpeft.network.selection import Kind, kinds
+from tensorpeft.network.shapes import Key, ModelShape
+from tensorpeft.network.storage import Layouts, Placed, Use, refuse_ragged, store, stored_sizes, use
+from tensorpeft.network.targets import choose
+
+MAX_RANK = 1 << 20
+
+
+def n_trained(spec: Spec, model: ModelShape) -> int:
+    """How many numbers an optimizer would see: what the trained blocks of the network hold, counted without building it.
+
+    Raises:
+        SpecError: the spec does not fit the model.
+    """
+    sites = choose(spec.target, model)
+    if not spec.update.products:
+        return 0
+    check_names(spec, sites)
+    placed = kinds(spec, sites)
+    check_experts(spec, placed)
+    return _counter(spec, model, placed)(fitted(spec, model, placed))
+
+
+def fitted(spec: Spec, model: ModelShape, placed: Placed) -> Spec:
+    """The spec with the largest ranks whose trained numbers are within its budget; itself where it has none.
+
+    Raises:
+        SpecError: no rank is within it, or the rank changes no count.
+    """
+    if spec.budget is None:
+        return spec
+    count = _counter(spec, model, placed)
+    top = min(spec.budget, MAX_RANK)  # each step of the rank adds at least one number
+    counts = {rank: _count_if_sized(count, spec, rank) for rank in _powers(top)}
+    least = counts[1]
+    if len(counts) > 1 and set(counts.values()) == {least}:
+        message = f"{least:,} numbers are trained at every rank, so a budget does not determine it"
+        raise fail(f"{message}; expected a bond in a factor that is trained", spec.span)
+    fitting = [rank for rank, found in counts.items() if found is not None and found <= spec.budget]
+    if not fitting:
+        message = f"the budget is {spec.budget:,}, but rank 1 trains {least:,} numbers already"
+        raise fail(f"{message}; expected a larger budget", spec.span)
+    low, high = fitting[-1], min(2 * fitting[-1], top + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        found = _count_if_sized(count, spec, middle)
+        low, high = (middle, high) if found is not None and found <= spec.budget else (low, middle)
+    return _sized(spec, low)
+
+
+def _powers(top: int) -> list[int]:
+    return [1 << power for power in range(max(1, top).bit_length())]
+
+
+def _sized(spec: Spec, rank: int) -> Spec:
+    """The spec whose free bonds have a rank."""
+    given = tuple((bond, size) for bond, size in spec.ranks if bond not in spec.free)
+    return replace(spec, ranks=(*given, *((bond, Number(rank)) for bond in spec.free)), budget=None, free=())
+
+
+def _count_if_sized(count: Callable[[Spec], int], spec: Spec, rank: int) -> int | None:
+    """How many numbers a rank trains; None where it is too large for the model's sizes."""
+    try:
+        return count(_sized(spec, rank))
+    except SpecError:
+        if rank == 1:
+            raise
+        return None
+
+
+def _counter(spec: Spec, model: ModelShape, placed: Placed) -> Callable[[Spec], int]:
+    """What counts the trained numbers of a spec that differs in its ranks alone."""
+    present = tuple(dict.fromkeys(kind for _, kind in placed))
+    uses = [use(spec, name, present) for name, _ in spec.factors]
+    trained = [each for each in uses if not spec.factor(each.factor).frozen]
+    shared = {each.factor: _shared(each, placed) for each in trained}
+    masked = {rule.factor for rule in spec.masks}
+
+    def count(sized: Spec) -> int:
+        layouts = {kind: layout(sized, model, kind) for kind in present}
+        for each in uses:
+            refuse_ragged(sized, each, [each.sizes(kind, layouts) for kind in each.names])
+        return sum(
+            sum(block.count for block in store(sized, each, placed, layouts).blocks)
+            if each.factor in masked
+            else _whole(sized, each, shared[each.factor], layouts)
+            for each in trained
+        )
+
+    return count
+
+
+def _shared(each: Use, placed: Placed) -> Counter[frozenset[Kind]]:
+    """How many keys of a factor are used by just these kinds of sites."""
+    users: dict[Key, set[Kind]] = defaultdict(set)
+    for site, kind in placed:
+        if kind in each.names:
+            users[each.key(site)].add(kind)
+    return Counter(map(frozenset, users.values()))
+
+
+def _whole(spec: Spec, each: Use, shared: Counter[frozenset[Kind]], layouts: Layouts) -> int:
+    """How many numbers the blocks of an unmasked factor hold."""
+    policies = tuple(spec.policy(mode) for mode in each.free)
+    total = 0
+    for users, keys in shared.items():
+        wanted = frozenset(each.sizes(kind, layouts) for kind in users)
+        total += keys * sum(prod(sizes) for sizes in set(stored_sizes(spec, each, policies, wanted).values()))
+    return total

@@ -1,0 +1,83 @@
+"""What a spec says of sites and matrices, held to those of the target."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
+from tensorpeft.language.spec import Spec
+from tensorpeft.language.syntax import Choice, Selector, ranges
+from tensorpeft.network.modes import written_modes
+from tensorpeft.network.selection import Kind
+from tensorpeft.network.shapes import Site
+from tensorpeft.network.targets import fits, is_meant
+
+
+def check_names(spec: Spec, sites: Sequence[Site]) -> None:
+    """Every name that the spec has for a matrix, and every selector, speaks of something in the target.
+
+    Raises:
+        SpecError: with each that does not.
+    """
+    problems = [*_selectors(spec, sites), *_heads(spec, sites), *_mask_values(spec, sites)]
+    if problems:
+        raise SpecError(problems)
+
+
+def _selectors(spec: Spec, sites: Sequence[Site]) -> Iterator[Problem]:
+    choices = [value for value in (*dict(spec.ranks).values(), spec.scale) if isinstance(value, Choice)]
+    written = [
+        *(product.at for product in spec.update.products),
+        *(selector for choice in choices for selector, _ in choice.entries),
+        *(rule.at for rule in spec.masks),
+    ]
+    for selector in {(selector, selector.span): selector for selector in written}.values():
+        unknown = [name for name in selector.matrices if not any(is_meant(name, site) for site in sites)]
+        for name in unknown:
+            yield Problem(f"`{name}` is no matrix of the target{_hint(name, sites)}", selector.span)
+        if not unknown and not any(fits(selector, site) for site in sites):
+            yield Problem(f"`{selector}` fits no site of the target{_layers(selector, sites)}", selector.span)
+
+
+def _layers(selector: Selector, sites: Sequence[Site]) -> str:
+    named = Selector(selector.matrices)
+    layers = {site.layer for site in sites if site.stack is not None and fits(named, site)}
+    return f", which has it in layers {ranges(layers)}" if layers else ", which has it in no layer"
+
+
+def _heads(spec: Spec, sites: Sequence[Site]) -> Iterator[Problem]:
+    for key, values in (("side", spec.heads.side), ("count", spec.heads.count)):
+        for name, _ in values:
+            if name != "*" and not any(site.is_named(name) for site in sites):
+                message = f"`heads: {{{key}: ...}}` speaks of `{name}`, which is no matrix of the target"
+                yield Problem(message + _hint(name, sites), spec.span)
+
+
+def _mask_values(spec: Spec, sites: Sequence[Site]) -> Iterator[Problem]:
+    for rule in spec.masks:
+        for name, value in rule.rule.options:
+            if not any(site.is_named(name) for site in sites):
+                message = f"`{rule.rule}` gives a value for `{name}`, which is no matrix of the target"
+                yield Problem(message + _hint(name, sites), value.span)
+
+
+def _hint(name: str, sites: Sequence[Site]) -> str:
+    matrices = dict.fromkeys(site.matrix for site in sites)
+    names = {*matrices, *(site.module.rsplit(".", 1)[-1] for site in sites)}
+    return did_you_mean(name, names) or f"; the target has {listing(matrices)}"
+
+
+def check_experts(spec: Spec, placed: Sequence[tuple[Site, Kind]]) -> None:
+    """Where a product carries the mode `expert`, its sites are those of experts.
+
+    Raises:
+        SpecError: one is not.
+    """
+    for kind in dict.fromkeys(kind for _, kind in placed):
+        for reference in (f for product in kind.products for f in product.factors):
+            if "expert" in written_modes(reference, spec.modes):
+                site = next((site for site, k in placed if k is kind and site.expert is None), None)
+                if site is not None:
+                    message = f"`{reference}` carries the mode `expert`, and {site} belongs to none"
+                    ways = "expected a target of experts alone, or an entry of `update` for the other matrices"
+                    raise SpecError([Problem(f"{message}; {ways}", reference.span)])

@@ -29,6 +29,7 @@ def read_spec(table: Table, source: Source, findings: Findings) -> Spec | None:
     if form is None:
         return None
     alpha, tasks = _value(whole, "alpha"), _value(whole, "tasks")
+    extras = _train(whole, findings)
     sizes = read_sizes(whole if "rank" not in findings.spoiled else table, form, findings)
     return Spec(
         name=str(_value(whole, "name") or _DEFAULT_NAME),
@@ -46,7 +47,8 @@ def read_spec(table: Table, source: Source, findings: Findings) -> Spec | None:
         budget=sizes.budget,
         free=sizes.free,
         dropout=_dropout(whole),
-        train=_train(whole, findings),
+        train=tuple(entry.text for entry in extras),
+        train_spans=tuple(entry.span for entry in extras),
         scores=_scores(whole, findings),
         seed=int(_value(whole, "seed") or 0),
         start=str(_value(whole, "start") or "zero"),
@@ -95,11 +97,11 @@ def _dropout(table: Table) -> tuple[tuple[str, float], ...]:
     return tuple((name, probability) for name, probability in found if probability)
 
 
-def _train(table: Table, findings: Findings) -> tuple[str, ...]:
+def _train(table: Table, findings: Findings) -> tuple[Scalar, ...]:
     entries = table.scalars("train")
     for entry in _repeated(entries):
         findings.add("train", f"`{entry.text}` is listed twice", entry.span)
-    return tuple(entry.text for entry in entries)
+    return entries
 
 
 def _scores(table: Table, findings: Findings) -> str | None:

@@ -100,6 +100,7 @@ class Spec:
     free: tuple[str, ...] = ()
     dropout: tuple[tuple[str, float], ...] = ()  # `x` (the input of every site) or a bond -> probability
     train: tuple[str, ...] = ()  # parameters of the base trained beside dW: `biases`, `norms`, `head`, or patterns
+    train_spans: tuple[Span, ...] = field(default=(), compare=False, repr=False)  # one per entry of `train`
     scores: str | None = None  # the file that mask rules such as `top` read
     seed: int = 0
     start: str = "zero"  # zero | nonzero

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def _shape(name: str, config: Mapping[str, Any], where: str) -> ModelShape:
         prefix = added.get("prefix", "" if is_body else table.get("prefix", ""))
         start = f"{prefix}." if prefix else ""
         weights = [*_inside(known, start), *_outside(table, added, start, sizes)]
-        others = [*_others(table, frozenset(), sizes), *_others(added, frozenset({"head"}), sizes)]
+        others = [*_others(table, "", sizes), *_others(added, "head.", sizes)]
         return ModelShape(
             name=name,
             sites=resolve([weight.linear for weight in weights], known),
@@ -82,10 +83,17 @@ def _shape(name: str, config: Mapping[str, Any], where: str) -> ModelShape:
             n_parameters=sum(weight.count for weight in weights) + sum(other.count for other in others),
             family=known.family,
             model_class=model_class,
-            parameters=(*(each for weight in weights for each in weight.parameters), *others),
+            parameters=(*_parameters(weights), *others),
         )
     except ModelError as reason:
         raise ModelError(f"{where}: {reason}") from None
+
+
+def head_modules(config: Mapping[str, Any], model_class: str) -> tuple[str, ...]:
+    """The modules that a class has beside its body, which make its output; none where the table does not know the class."""
+    table, _ = put(config)
+    classes = {table["stem"] + ending: added for ending, added in table["classes"].items()}
+    return tuple(path for path in classes.get(model_class, {}).get("modules", ()) if not path.startswith("."))
 
 
 def _refuse_uncounted(table: Mapping[str, Any], config: Mapping[str, Any], sizes: Sizes) -> None:
@@ -127,9 +135,22 @@ class _Weight:
     def parameters(self) -> Iterator[Parameter]:
         is_module = self.linear.parameter in (None, "weight")
         weight, bias = (".weight", ".bias") if is_module else ("", "_bias")
-        yield Parameter(self.linear.path + weight, self.n_weights, self.kinds)
+        if not self.tied:
+            yield Parameter(self.linear.path + weight, self.n_weights, self.kinds)
         if self.bias:
             yield Parameter(self.linear.path + bias, self.n_biases, self.kinds | {"biases"})
+
+
+def _parameters(weights: Iterable[_Weight]) -> Iterator[Parameter]:
+    """All parameters of the weights; one that is tied has the kinds of all that share it."""
+    tied: dict[int, frozenset[str]] = defaultdict(frozenset)
+    for weight in weights:
+        if weight.tied:
+            tied[weight.n_weights] |= weight.kinds
+    for weight in weights:
+        for parameter in weight.parameters:
+            is_shared = not weight.tied and parameter.count in tied and weight.linear.kind != "linear"
+            yield replace(parameter, kinds=parameter.kinds | tied[parameter.count]) if is_shared else parameter
 
 
 def _inside(known: Architecture, start: str) -> Iterable[_Weight]:
@@ -160,8 +181,9 @@ def _outside(table: Mapping[str, Any], added: Mapping[str, Any], start: str, siz
         yield _Weight(linear, bias, tied, frozenset() if in_body else frozenset({"head"}))
 
 
-def _others(entries: Mapping[str, Any], kinds: frozenset[str], sizes: Sizes) -> Iterator[Parameter]:
-    """Parameters that are no site's."""
+def _others(entries: Mapping[str, Any], where: str, sizes: Sizes) -> Iterator[Parameter]:
+    """Parameters that are no site's, of the body or of the head."""
+    kinds = {"head"} if where else set()
     for name, more in (("norms", {"norms"}), ("parameters", set())):
         if count := sizes.value(entries.get(name, 0)):
-            yield Parameter(name, count, kinds | more)
+            yield Parameter(where + name, count, frozenset(kinds | more))

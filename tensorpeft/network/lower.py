@@ -9,6 +9,7 @@ from __future__ import annotations
 from tensorpeft.language.spec import Spec
 from tensorpeft.network.budget import fitted
 from tensorpeft.network.checks import check_experts, check_names
+from tensorpeft.network.extras import extras
 from tensorpeft.network.layout import layout
 from tensorpeft.network.network import Block, Group, Network
 from tensorpeft.network.selection import Kind, kinds
@@ -25,8 +26,9 @@ def lower(spec: Spec, model: ModelShape) -> Network:
         SpecError: the target, a selector, a size, a mask, a ragged mode or the budget does not fit this model.
     """
     sites = choose(spec.target, model)
+    trained = extras(spec, model, sites)
     if not spec.update.products:
-        return Network(spec, model, (), ())
+        return Network(spec, model, (), (), trained)
     check_names(spec, sites)
     placed = kinds(spec, sites)
     check_experts(spec, placed)
@@ -34,7 +36,7 @@ def lower(spec: Spec, model: ModelShape) -> Network:
     layouts = {kind: layout(spec, model, kind) for kind in dict.fromkeys(kind for _, kind in placed)}
     storages = {name: store(spec, use(spec, name, layouts), placed, layouts) for name, _ in spec.factors}
     blocks = tuple(block for storage in storages.values() for block in storage.blocks)
-    return Network(spec, model, blocks, _groups(spec, storages, placed, layouts))
+    return Network(spec, model, blocks, _groups(spec, storages, placed, layouts), trained)
 
 
 def _groups(spec: Spec, storages: dict[str, Storage], placed: Placed, layouts: Layouts) -> tuple[Group, ...]:

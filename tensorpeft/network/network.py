@@ -19,7 +19,7 @@ from math import prod
 import numpy as np
 
 from tensorpeft.language.spec import BASE_WEIGHT, FactorRule, Spec
-from tensorpeft.network.shapes import Key, ModelShape, Site
+from tensorpeft.network.shapes import Key, ModelShape, Parameter, Site
 
 
 @dataclass(frozen=True)
@@ -142,6 +142,7 @@ class Network:
     model: ModelShape
     blocks: tuple[Block, ...]
     groups: tuple[Group, ...]
+    extras: tuple[Parameter, ...] = ()  # parameters of the base that are trained beside dW
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -153,6 +154,10 @@ class Network:
             axes = ", ".join(f"{axis.mode}={axis.size}" for axis in block.axes)
             kind = "trained" if block.trainable else "seeded" if block.seeded else "frozen, stored"
             lines.append(f"  {block.name}[{axes}] {block.rule.init}, {kind}, {block.count:,}")
+        if self.extras:
+            lines.append(
+                f"  and {sum(extra.count for extra in self.extras):,} numbers of the base: {', '.join(self.spec.train)}"
+            )
         for group in self.groups:
             lines.append(f"  {len(group.sites)} sites like {group.sites[0]}")
             for term in group.terms:

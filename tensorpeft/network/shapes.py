@@ -152,4 +152,4 @@ class ModelShape:
     n_parameters: int
     family: str | None = None  # the model type whose table gave the roles
     model_class: str | None = None  # the class that `n_parameters` counts, "LlamaForCausalLM"
-    parameters: tuple[Parameter, ...] = ()  # those that are tied once for each module, so they may add up to more
+    parameters: tuple[Parameter, ...] = ()  # each once, however many modules share it

@@ -68,7 +68,7 @@ def match(entry: str, shape: ModelShape) -> tuple[Site, ...]:
         return tuple(site for site in linear if site.stack is not None) or linear
     if "{layer}" in entry or "{matrix}" in entry:
         return tuple(filter(None, (_bound(_pattern(entry), site, shape) for site in shape.sites)))
-    if _is_glob(entry):
+    if is_glob(entry):
         return tuple(site for site in shape.sites if _fits_glob(entry, site))
     exact = tuple(site for site in shape.sites if site.matrix == entry)
     named = exact or tuple(site for site in shape.sites if site.is_named(entry))
@@ -84,7 +84,7 @@ def fits(selector: Selector, site: Site) -> bool:
 
 def is_meant(name: str, site: Site) -> bool:
     """Whether a name is that of a site's matrix, or the dotted ending of it or of the module's path, or a glob over both."""
-    if _is_glob(name):
+    if is_glob(name):
         return _fits_glob(name, site)
     return site.is_named(name) or f".{site.path}".endswith(f".{name}")
 
@@ -139,10 +139,11 @@ def _entry_problems(entry: str, target: Target, shape: ModelShape, found: tuple[
 
 def _means_some(entry: str) -> bool:
     """Whether an entry is written so that it need not match in every layer: neither a role nor a plain ending."""
-    return entry == ALL_LINEAR or _is_glob(entry) or "{" in entry or any(map(str.isdecimal, entry.split(".")))
+    return entry == ALL_LINEAR or is_glob(entry) or "{" in entry or any(map(str.isdecimal, entry.split(".")))
 
 
-def _is_glob(entry: str) -> bool:
+def is_glob(entry: str) -> bool:
+    """Whether a name has one of the signs `*`, `?`, `[`."""
     return any(character in entry for character in "*?[")
 
 

@@ -13,6 +13,7 @@ from tensorpeft.network.shapes import Linear, ModelShape, Site
 from tensorpeft.network.sites import resolve
 from tensorpeft.runtime.adapter import Adapter
 from tensorpeft.runtime.matrices import linears
+from tensorpeft.runtime.parameters import head_of, parameters
 
 
 def scan(model: nn.Module) -> ModelShape:
@@ -31,18 +32,17 @@ def scan(model: nn.Module) -> ModelShape:
     modules = {path: module for path, module in model.named_modules() if id(module) not in own}
     known = _architecture(modules)
     sites = resolve(_linears(modules), known)
+    sizes = known.sizes if known else _sizes(sites)
+    found = parameters(modules, head_of(modules, sites, dict(sizes)))
     return ModelShape(
         name=type(model).__name__,
         sites=sites,
-        sizes=known.sizes if known else _sizes(sites),
-        n_parameters=_n_parameters(model) - sum(map(_n_parameters, adapters)),
+        sizes=sizes,
+        n_parameters=sum(parameter.count for parameter in found),
         family=known.family if known else None,
         model_class=type(model).__name__,
+        parameters=found,
     )
-
-
-def _n_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _linears(modules: Mapping[str, nn.Module]) -> list[Linear]:

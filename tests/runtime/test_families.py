@@ -20,8 +20,9 @@ import tensorpeft as tp
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.spec import Target
 from tensorpeft.network.architecture import families
+from tensorpeft.network.extras import extras
 from tensorpeft.network.families import model_shape
-from tensorpeft.network.shapes import Site
+from tensorpeft.network.shapes import ModelShape, Site
 from tensorpeft.network.targets import choose
 from tensorpeft.runtime.scan import scan
 from tests.models import randomise
@@ -279,6 +280,26 @@ def test_a_model_has_the_shape_of_its_config(name):
     assert live.sizes == read.sizes
     assert (live.n_parameters, live.family) == (read.n_parameters, read.family)
     assert live.name == live.model_class == CASES[name].name
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_config_tells_how_many_numbers_extras_have(name):
+    model = on_meta(CASES[name])
+    live, read = scan(model), model_shape({**model.config.to_dict(), "architectures": [CASES[name].name]})
+    assert sum(parameter.count for parameter in live.parameters) == live.n_parameters
+    for kind in ("norms", "head"):
+        counts = [sum(each.count for each in shape.parameters if kind in each.kinds) for shape in (live, read)]
+        assert counts[0] == counts[1]
+    spec = tp.load_spec(FIRST_LAYER + "train: [biases]\n")
+    assert outcome(spec, live) == outcome(spec, read)
+
+
+def outcome(spec: tp.Spec, shape: ModelShape) -> int | None:
+    """How many numbers a spec trains of the base; None if it is refused."""
+    try:
+        return sum(extra.count for extra in extras(spec, shape, choose(spec.target, shape)))
+    except SpecError:
+        return None
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -260,3 +260,39 @@ def test_an_adapter_is_no_part_of_the_model():
         attach(model, spec)
     assert sum(parameter.numel() for parameter in model.parameters()) > before.n_parameters
     assert scan(model) == before
+
+
+def kind(model: nn.Module, name: str) -> list[str]:
+    return [parameter.path for parameter in scan(model).parameters if name in parameter.kinds]
+
+
+def test_the_head_of_a_plain_model_reads_its_width():
+    assert kind(Plain(), "head") == ["head.weight", "head.bias"]
+
+
+def test_the_head_of_a_model_with_a_body_is_all_else():
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.backbone, self.tags = transformers.BertModel(BERT, add_pooling_layer=False), nn.Linear(32, 5)
+
+    assert kind(Tagger(), "head") == ["tags.weight", "tags.bias"]
+    assert kind(transformers.BertForTokenClassification(BERT), "head") == ["classifier.weight", "classifier.bias"]
+    assert kind(transformers.BertModel(BERT), "head") == []
+
+
+def test_the_head_of_a_class_without_a_body():
+    config = transformers.T5Config(d_model=8, num_layers=1, num_heads=2, d_kv=4, d_ff=8, vocab_size=10)
+    config.tie_word_embeddings = False
+    assert kind(transformers.T5ForConditionalGeneration(config), "head") == ["lm_head.weight"]
+
+
+def test_the_norms_of_a_plain_model():
+    layer = nn.TransformerEncoderLayer(8, 2, 16)
+    assert kind(layer, "norms") == ["norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias"]
+    assert kind(nn.Sequential(nn.BatchNorm1d(3), nn.GroupNorm(1, 3)), "norms") == [
+        "0.weight",
+        "0.bias",
+        "1.weight",
+        "1.bias",
+    ]

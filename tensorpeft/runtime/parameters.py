@@ -1,0 +1,51 @@
+"""The parameters of a live model, and which of them are biases, of norms, or of its head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import nn
+
+from tensorpeft.network.architecture import families
+from tensorpeft.network.families import head_modules
+from tensorpeft.network.shapes import Parameter, Site
+from tensorpeft.runtime.matrices import is_norm
+
+IsHead = Callable[[str], bool]
+
+
+def parameters(modules: Mapping[str, nn.Module], is_head: IsHead) -> tuple[Parameter, ...]:
+    """Every parameter of some modules by its first path, of the kinds of all modules that share it."""
+    paths: dict[int, str] = {}
+    counts: dict[str, int] = {}
+    kinds: dict[str, set[str]] = {}
+    for module_path, module in modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            here = f"{module_path}.{name}".removeprefix(".")
+            path = paths.setdefault(id(parameter), here)
+            counts[path] = parameter.numel()
+            found = {"norms": is_norm(module), "biases": "bias" in name, "head": is_head(here)}
+            kinds.setdefault(path, set()).update(kind for kind, true in found.items() if true)
+    return tuple(Parameter(path, counts[path], frozenset(kinds[path])) for path in counts)
+
+
+def head_of(modules: Mapping[str, nn.Module], sites: Iterable[Site], sizes: Mapping[str, int]) -> IsHead:
+    """What is the head of a model.
+
+    It is all that lies outside the body, where a module tells its body (``base_model_prefix``) or lies inside another; else what
+    the family's table gives the model's class; else the linear modules outside the layers that read the model's width.
+    """
+    path, model = next(((path, module) for path, module in modules.items() if hasattr(module, "config")), ("", None))
+    start = f"{path}." if path else ""
+    prefix = getattr(model, "base_model_prefix", "")
+    body = start + prefix if prefix and isinstance(getattr(model, prefix, None), nn.Module) else path
+    if body:
+        return lambda parameter: not parameter.startswith(f"{body}.")
+    config: Any = getattr(model, "config", None)
+    if getattr(config, "model_type", None) in families():
+        heads = head_modules(config.to_dict(), type(model).__name__)
+    else:
+        outside = (site for site in sites if site.is_linear and site.stack is None)
+        heads = tuple(site.module for site in outside if site.d_in == sizes.get("width"))
+    return lambda parameter: parameter.startswith(tuple(f"{head}." for head in heads))

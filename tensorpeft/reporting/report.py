@@ -87,6 +87,7 @@ class Report(Page):
     seed: int
     tokens: int  # per forward pass, which the order of contraction is planned for
     trainable: int
+    extra: int  # numbers of the base that are trained beside dW
     frozen_stored: int
     frozen_seeded: int
     shared: int  # trained numbers that several matrices use
@@ -101,7 +102,7 @@ class Report(Page):
     @property
     def stored(self) -> int:
         """Numbers in a checkpoint."""
-        return self.trainable + self.frozen_stored
+        return self.trainable + self.extra + self.frozen_stored
 
     @property
     def percent(self) -> float:
@@ -113,9 +114,9 @@ class Report(Page):
         """Bytes in float32: of a checkpoint's tensors, of all factors in memory, of their gradients, of AdamW's two states."""
         return {
             "checkpoint": FLOAT_BYTES * self.stored,
-            "factors": FLOAT_BYTES * (self.stored + self.frozen_seeded),
-            "gradients": FLOAT_BYTES * self.trainable,
-            "optimizer": FLOAT_BYTES * ADAMW_STATES * self.trainable,
+            "factors": FLOAT_BYTES * (self.trainable + self.frozen_stored + self.frozen_seeded),
+            "gradients": FLOAT_BYTES * (self.trainable + self.extra),
+            "optimizer": FLOAT_BYTES * ADAMW_STATES * (self.trainable + self.extra),
         }
 
     @property
@@ -123,7 +124,7 @@ class Report(Page):
         counted = f" ({self.model_class})" if self.model_class else ""
         alpha = "" if self.alpha is None else f", alpha = {self.alpha:g}"
         dropout = "".join(f", dropout of {where} = {significant(p)}" for where, p in self.dropout.items())
-        *others, last = self.formulas
+        *others, last = self.formulas or ("no update",)
         return "\n".join([f"{self.name} on {self.model}{counted}", *others, f"{last}{alpha}{dropout}"])
 
     @property
@@ -140,6 +141,7 @@ class Report(Page):
     def _totals(self) -> Table:
         rows: list[tuple[Cell, ...]] = [
             ("trained", self.trainable, f"{significant(self.percent)} % of the base's {self.base:,}"),
+            *([("of the base", self.extra, "trained beside the update, and in the checkpoint")] if self.extra else []),
             ("frozen, stored", self.frozen_stored, "in the checkpoint"),
             ("frozen, seeded", self.frozen_seeded, f"not in the checkpoint: drawn again from seed {self.seed}"),
             ("stored", self.stored, "in the checkpoint, all of it"),

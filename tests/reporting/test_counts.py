@@ -169,3 +169,20 @@ dropout: {x: 0.1, r: 0.05}
     assert found.title.splitlines()[1].endswith(", dropout of x = 0.1, dropout of r = 0.05")
     assert found.to_data()["dropout"] == {"x": 0.1, "r": 0.05}
     assert found.to_data()["ranks"] == {"r": "4"}
+
+
+def test_what_is_trained_of_the_base_is_counted_apart():
+    """LoReTTA trains the 65 RMSNorms of Llama-2 7B beside its cores."""
+    spec = load_spec("loretta_rep")
+    text = spec.source.text if spec.source else ""
+    alone, beside = (report(load_spec(text + more), model="llama-2-7b") for more in ("", "\ntrain: [norms]\n"))
+    assert (beside.trainable, beside.extra) == (alone.trainable, 65 * 4096)
+    assert beside.stored == alone.stored + beside.extra
+    assert beside.bytes["gradients"] == 4 * (beside.trainable + beside.extra)
+    assert beside.bytes["factors"] == alone.bytes["factors"]
+
+
+def test_a_spec_without_an_update_trains_the_base_alone():
+    """BitFit (arXiv:2106.10199) with norms, on BERT base: the biases of six modules a layer, and 25 norms."""
+    found = report("tensorpeft: 1\ntarget: all-linear\ntrain: [biases, norms]\n", model="bert-base")
+    assert (found.trainable, found.extra) == (0, 12 * (5 * 768 + 3072) + 25 * 2 * 768)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tensorpeft.compile import front, report, shape_of
@@ -186,3 +188,58 @@ def test_a_spec_without_an_update_trains_the_base_alone():
     """BitFit (arXiv:2106.10199) with norms, on BERT base: the biases of six modules a layer, and 25 norms."""
     found = report("tensorpeft: 1\ntarget: all-linear\ntrain: [biases, norms]\n", model="bert-base")
     assert (found.trainable, found.extra) == (0, 12 * (5 * 768 + 3072) + 25 * 2 * 768)
+
+
+CHOSEN = """\
+tensorpeft: 1
+name: chosen
+target: {matrices: [query, value]}
+rank: {r: {"*": 8, layers 0-3: 16, value layers 11: 2}}
+alpha: 8
+scale: {"*": alpha / r, value: 3}
+update: B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in]
+factors: {B: {init: zeros}}
+"""
+
+
+def test_a_rank_and_a_scale_that_differ_from_site_to_site():
+    found = report(CHOSEN, model="vit-base")
+    entries = [(m.matrix, m.layers, m.at, m.chosen, m.lora_rank, m.trainable) for m in found.matrices]
+    size = 2 * 768  # of both sides
+    assert entries == [
+        ("query", 4, "0-3", {"r": 16, "scale": 8 / 16}, 16, 4 * 16 * size),
+        ("query", 8, "4-11", {"r": 8, "scale": 8 / 8}, 8, 8 * 8 * size),
+        ("value", 4, "0-3", {"r": 16, "scale": 3}, 16, 4 * 16 * size),
+        ("value", 7, "4-10", {"r": 8, "scale": 3}, 8, 7 * 8 * size),
+        ("value", 1, "11", {"r": 2, "scale": 3}, 2, 2 * size),
+    ]
+    assert found.ranks == {"r": "{*: 8, layers 0-3: 16, value layers 11: 2}"}
+    assert found.trainable == sum(m.trainable for m in found.matrices)
+    shown = found.to_text()
+    assert re.search(r"^matrix +layers +which +r +scale +d_out x d_in", shown, re.MULTILINE)
+    assert re.search(r"^query +4 +0-3 +16 +0.5 +768 x 768 ", shown, re.MULTILINE)
+
+
+def test_several_updates_and_the_base_weight():
+    """IA3 trains vectors of its own for two kinds of matrices; W is neither stored nor counted."""
+    text = """\
+tensorpeft: 1
+name: ia3
+target: {matrices: [key, value, down]}
+update:
+  key, value: W[d_out, d_in] * u[matrix, layer, d_out]
+  down: W[d_out, d_in] * v[matrix, layer, d_in]
+factors: {u: {init: zeros}, v: {init: zeros}}
+"""
+    found = report(text, model="llama-2-7b")
+    assert found.trainable == 614_400
+    assert {f.name for f in found.factors} == {"u", "v"}
+    assert found.title.splitlines()[1:] == [
+        "dW of key, value = W[d_out, d_in] * u[matrix, layer, d_out]",
+        "dW of down = W[d_out, d_in] * v[matrix, layer, d_in]",
+    ]
+    assert [(m.matrix, m.trainable) for m in found.matrices] == [
+        ("key", 32 * 4096),
+        ("value", 32 * 4096),
+        ("down", 32 * 11008),
+    ]

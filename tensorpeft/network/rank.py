@@ -12,7 +12,7 @@ from tensorpeft.network.network import Group, Network, Term
 
 def lora_rank(network: Network) -> int:
     """The rank at which LoRA holds every update of this network: the largest bound of its groups."""
-    return max(rank_bound(group) for group in network.groups)
+    return max((rank_bound(group) for group in network.groups), default=0)
 
 
 def rank_bound(group: Group) -> int:

@@ -70,12 +70,12 @@ class Architecture:
     uncalled: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
-    def find(self, path: str) -> tuple[int, tuple[Matrix, ...]] | None:
-        """The layer and the matrices of a weight whose path ends as a template does; None where none fits."""
+    def find(self, path: str) -> tuple[str, int, tuple[Matrix, ...]] | None:
+        """The stack, the layer and the matrices of a weight whose path ends as a template does; None where none fits."""
         for pattern, tails in self._patterns:
             found = pattern.fullmatch(path)
-            if found and (matrices := tails.get(found[2])):
-                return int(found[1]), matrices
+            if found and (matrices := tails.get(found[3])):
+                return found[1], int(found[2]), matrices
         return None
 
     def is_read(self, path: str) -> bool:
@@ -95,7 +95,9 @@ class Architecture:
                 head, tail = weight_path(template, matrix.parameter).split("{layer}")
                 tails = heads.setdefault(head, {})
                 tails[tail] = (*tails.get(tail, ()), matrix)
-        return tuple((re.compile(rf"(?:.*\.)?{re.escape(head)}(\d+)(.+)"), tails) for head, tails in heads.items())
+        return tuple(
+            (re.compile(rf"((?:.*\.)?{re.escape(head[:-1])})\.(\d+)(.+)"), tails) for head, tails in heads.items()
+        )
 
 
 def families() -> tuple[str, ...]:

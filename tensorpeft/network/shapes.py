@@ -90,6 +90,9 @@ class Site:
     parameter: str | None = None  # of kind `parameter`: its path from the module, whose forward reads it
     reads: str | None = None  # sites of one layer with the same name here read the very same tensor
     transposed: bool = False  # of kind `parameter`: it is stored (d_in, d_out), behind the experts if there are several
+    stack: str | None = (
+        None  # the path up to the layer's number (``model.layers``); None in no layer, as of an output head
+    )
 
     @property
     def path(self) -> str:
@@ -121,12 +124,6 @@ class Site:
             return np.arange(self.d_out)
         starts = np.arange(0, self.module_d_out, self.rows.period) + self.rows.offset
         return (starts[:, None] + np.arange(self.rows.count)).ravel()
-
-    @property
-    def stack(self) -> str | None:
-        """The path up to the layer's number (``model.layers``); None for a module in no layer, an output head."""
-        before, found, _ = f".{self.path}.".partition(f".{self.layer}.")
-        return before[1:] if found else None
 
     def __str__(self) -> str:
         expert = "" if self.expert is None else f", expert {self.expert},"

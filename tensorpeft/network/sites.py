@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 from tensorpeft.language.errors import ModelError
 from tensorpeft.network.architecture import Architecture, Matrix
 from tensorpeft.network.shapes import Key, Linear, Site
+
+Sides = tuple[int, int]  # d_out, d_in
 
 
 def resolve(linears: Iterable[Linear], architecture: Architecture | None) -> tuple[Site, ...]:
     """The sites of a model, matrix by matrix, each from its first layer to its last.
 
     Weights that the family knows have the family's roles, in its order. Every other one is named by its path: its expert is the
-    integer behind a name such as ``experts``, its layer the first other integer in the path that differs between weights
-    of otherwise equal paths (the first integer if none does, 0 if there is none), its matrix the path without these, cut to the
-    shortest dotted ending that begins with a name, is no role's, and is no other matrix's ending. A module that the
-    family never calls is a parameter of the module that reads it.
+    integer behind a name such as ``experts``; its layer the first other integer in the path that differs between weights
+    of otherwise equal paths and equal sides (or of any sides, or the first integer, or 0 if there is none); its matrix
+    the path without these, cut to the shortest dotted ending that begins with a name, is no role's, and is no other
+    matrix's ending. A module that the family never calls is a parameter of the module that reads it.
 
     Raises:
         ModelError: a weight has other sides than its family's table says, or two have one role, layer and expert.
@@ -28,15 +31,15 @@ def resolve(linears: Iterable[Linear], architecture: Architecture | None) -> tup
         used = (linear for linear in linears if not architecture.is_unused(linear.path))
         linears = [_read(linear) if architecture.is_read(linear.path) else linear for linear in used]
     linears = list(linears)
-    named = _names([linear.name for linear in linears], architecture)
+    named = _names({linear.name: (linear.d_out, linear.d_in) for linear in linears}, architecture)
     sites: dict[Key, Site] = {}
     known: set[str] = set()  # paths of weights whose parts are the family's
     for linear in linears:
         found = architecture and architecture.find(linear.path)
         if not found:
-            parts = _unknown(linear, *named[linear.name], sites)
+            parts = _unknown(linear, named[linear.name], sites)
         else:
-            parts = [] if linear.path in known else [s for matrix in found[1] for s in _known(linear, found[0], matrix)]
+            parts = [] if linear.path in known else [site for m in found[2] for site in _known(linear, found, m)]
             known.add(linear.path)
         for site in parts:
             if site.key in sites:
@@ -64,32 +67,33 @@ def _read(linear: Linear) -> Linear:
     return replace(linear, module=module, kind="parameter", parameter=f"{name}.weight", transposed=transposed)
 
 
-def _unknown(linear: Linear, matrix: str, layer: int, expert: int | None, others: Container[Key]) -> list[Site]:
+def _unknown(linear: Linear, name: Name, others: Container[Key]) -> list[Site]:
     """The sites of a weight that no family knows: one, or one for each expert."""
-    experts: Iterable[int | None] = (expert,) if linear.experts is None else range(linear.experts)
-    sites = [_site(linear, matrix, layer, each, linear) for each in experts]
+    experts: Iterable[int | None] = (name.expert,) if linear.experts is None else range(linear.experts)
+    sites = [_site(linear, name.matrix, (name.stack, name.layer, expert), linear) for expert in experts]
     return [site if site.key not in others else replace(site, matrix=linear.name) for site in sites]
 
 
-def _known(linear: Linear, layer: int, matrix: Matrix) -> list[Site]:
+def _known(linear: Linear, found: tuple[str, int, Any], matrix: Matrix) -> list[Site]:
     """The sites of a role in a weight that the family knows: one, or one for each expert."""
-    found = linear.module_d_out, linear.d_in, linear.experts
+    sides = linear.module_d_out, linear.d_in, linear.experts
     expected = matrix.module_d_out, matrix.d_in, matrix.experts
-    if found != expected:
+    if sides != expected:
         raise ModelError(
-            f"`{linear.path}` is {_sides(*found)} (d_out x d_in), "
+            f"`{linear.path}` is {_sides(*sides)} (d_out x d_in), "
             f"but by the model's config the module of `{matrix.role}` is {_sides(*expected)}"
         )
     experts: Iterable[int | None] = (None,) if linear.experts is None else range(linear.experts)
-    return [_site(linear, matrix.role, layer, each, matrix) for each in experts]
+    return [_site(linear, matrix.role, (*found[:2], expert), matrix) for expert in experts]
 
 
 def _sides(d_out: int, d_in: int, experts: int | None) -> str:
     return f"{d_out} x {d_in}" if experts is None else f"{experts} of {d_out} x {d_in}"
 
 
-def _site(linear: Linear, matrix: str, layer: int, expert: int | None, said: Linear | Matrix) -> Site:
-    """The weight's own matter from the model, the matrix's from whoever knows it."""
+def _site(linear: Linear, matrix: str, place: tuple[str | None, int, int | None], said: Linear | Matrix) -> Site:
+    """The weight's own matter from the model, the matrix's from whoever knows it; ``place`` is stack, layer, expert."""
+    stack, layer, expert = place
     return Site(
         module=linear.module,
         matrix=matrix,
@@ -104,23 +108,34 @@ def _site(linear: Linear, matrix: str, layer: int, expert: int | None, said: Lin
         parameter=linear.parameter,
         reads=said.reads,
         transposed=linear.transposed,
+        stack=stack,
     )
 
 
-def _names(paths: Sequence[str], architecture: Architecture | None) -> dict[str, tuple[str, int, int | None]]:
-    """For each path: the name of its matrix, the number of its layer and that of its expert, by the path alone."""
-    experts = {path: _expert(path) for path in paths}
-    located = _layers(list(dict.fromkeys(rest for rest, _ in experts.values())))
+@dataclass(frozen=True)
+class Name:
+    """What a path says by itself."""
+
+    matrix: str
+    stack: str | None
+    layer: int
+    expert: int | None
+
+
+def _names(sides: Mapping[str, Sides], architecture: Architecture | None) -> dict[str, Name]:
+    """What each path says, among the others, of the sides that its weight has."""
+    experts = {path: _expert(path) for path in sides}
+    located = _layers({rest: sides[path] for path, (rest, _) in experts.items()})
     matrices = architecture.matrices if architecture else ()
     roles = {ending for matrix in matrices for ending in _endings(matrix.role)}
-    endings = {name: _endings(name) for name in {name for name, _ in located.values()}}
+    endings = {name: _endings(name) for name in {name for name, _, _ in located.values()}}
     count = Counter(ending for each in endings.values() for ending in each)
     short = {
         name: next((ending for ending in each if count[ending] == 1 and ending not in roles), name)
         for name, each in endings.items()
     }
     named = ((path, *located[rest], expert) for path, (rest, expert) in experts.items())
-    return {path: (short[name], layer, expert) for path, name, layer, expert in named}
+    return {path: Name(short[name], stack, layer, expert) for path, name, stack, layer, expert in named}
 
 
 def _expert(path: str) -> tuple[str, int | None]:
@@ -141,23 +156,39 @@ def _endings(name: str) -> list[str]:
     return [".".join(parts[at:]) for at in starts]
 
 
-def _layers(modules: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """For each path: the path without its layer's integer, and that integer."""
-    places = {module: _integers(module) for module in modules}
-    siblings = Counter(rest for found in places.values() for _, rest, _ in found)
-    located = {}
-    for module, found in places.items():
-        varying = [place for place in found if siblings[place[1]] > 1]
-        number, _, name = (varying or found or [(0, "", module)])[0]
-        located[module] = (name or "linear", number)  # a bare nn.Sequential has paths that are integers alone
+def _layers(sides: Mapping[str, Sides]) -> dict[str, tuple[str, str | None, int]]:
+    """For each path: the path without its layer's integer, what is before that, and the integer."""
+    places = {path: _integers(path) for path in sides}
+    of_shape = Counter((place.others, sides[path]) for path, found in places.items() for place in found)
+    of_path = Counter(place.others for found in places.values() for place in found)
+    located: dict[str, tuple[str, str | None, int]] = {}
+    for path, found in places.items():
+        alike = [place for place in found if of_shape[place.others, sides[path]] > 1]
+        varying = [place for place in found if of_path[place.others] > 1]
+        chosen = (alike or varying or found)[:1]
+        # a bare nn.Sequential has paths that are integers alone
+        located[path] = (
+            (chosen[0].rest or "linear", chosen[0].before, chosen[0].number) if chosen else (path or "linear", None, 0)
+        )
     return located
 
 
-def _integers(module: str) -> list[tuple[int, str, str]]:
-    """Each integer of a path, with the path that has a hole there, and the path without it."""
-    parts = module.split(".")
-    return [
-        (int(part), ".".join([*parts[:at], "*", *parts[at + 1 :]]), ".".join([*parts[:at], *parts[at + 1 :]]))
-        for at, part in enumerate(parts)
-        if part.isdecimal()
-    ]
+@dataclass(frozen=True)
+class _Integer:
+    """An integer of a path."""
+
+    number: int
+    before: str
+    others: str  # the path with a hole there
+    rest: str  # the path without it
+
+
+def _integers(path: str) -> list[_Integer]:
+    parts = path.split(".")
+    found = []
+    for at, part in enumerate(parts):
+        if part.isdecimal():
+            before, behind = parts[:at], parts[at + 1 :]
+            others, rest = ".".join([*before, "*", *behind]), ".".join([*before, *behind])
+            found.append(_Integer(int(part), ".".join(before), others, rest))
+    return found

@@ -103,17 +103,18 @@ def _pattern(entry: str) -> re.Pattern[str]:
 
 def _bound(pattern: re.Pattern[str], site: Site, shape: ModelShape) -> Site | None:
     """The site with the layer and the matrix that a pattern reads from its path, if it fits."""
-    found = pattern.fullmatch(site.module)
+    found = pattern.fullmatch(site.path)
     if not found:
         return None
     named = found.groupdict()
-    layer = int(named.get("layer") or site.layer)
+    if "layer" not in named:
+        return replace(site, matrix=named["matrix"]) if shape.family is None else site
+    before, after = site.path[: found.start("layer")].rstrip("."), site.path[found.end("layer") :].strip(".")
     if "matrix" in named and shape.family is None:
-        return replace(site, layer=layer, matrix=named["matrix"])
-    if "layer" not in named or site.module[: found.start("layer")].rstrip(".") == site.stack:
-        return site
-    before, after = site.module[: found.start("layer")], site.module[found.end("layer") :]
-    return replace(site, layer=layer, matrix=after.strip(".") or before.strip("."))
+        return replace(site, layer=int(named["layer"]), stack=before, matrix=named["matrix"])
+    return (
+        site if before == site.stack else replace(site, layer=int(named["layer"]), stack=before, matrix=after or before)
+    )
 
 
 def _layer_problems(target: Target, shape: ModelShape) -> Iterable[Problem]:

@@ -470,8 +470,8 @@ def test_sites_go_matrix_by_matrix_and_layer_by_layer():
 
 
 def test_an_older_name_of_a_module_is_found():
-    (matrix,) = architecture(CONFIGS["vit"]).find("vit.encoder.layer.2.attention.attention.query")[1]
-    assert matrix.role == "query"
+    stack, layer, (matrix,) = architecture(CONFIGS["vit"]).find("vit.encoder.layer.2.attention.attention.query")
+    assert (stack, layer, matrix.role) == ("vit.encoder.layer", 2, "query")
     assert architecture(CONFIGS["vit"]).find("vit.encoder.layer.2.attention.query") is None
 
 

@@ -127,6 +127,18 @@ def test_a_plain_model():
     assert all(site.heads is None for site in shape.sites)
 
 
+def test_the_layers_of_a_stage_are_those_of_one_width():
+    config = transformers.SwinConfig(
+        embed_dim=16, depths=[2, 3], num_heads=[2, 4], image_size=32, patch_size=4, window_size=4
+    )
+    found = choose(Target(("q_proj",)), scan(transformers.SwinModel(config)))
+    assert [(site.stack, site.layer, site.d_in) for site in found] == [
+        (f"encoder.layers.{stage}.blocks", layer, width)
+        for stage, width, depth in ((0, 16, 2), (1, 32, 3))
+        for layer in range(depth)
+    ]
+
+
 def test_a_module_used_twice_and_a_tied_weight_count_once():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": shared, "tied": nn.Linear(4, 4, bias=False)})

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import yaml
 
 from tensorpeft.language.catalogue import data_folder
 from tensorpeft.language.errors import ModelError, did_you_mean, listing
-from tensorpeft.network.shapes import Rows, weight_path
+from tensorpeft.network.shapes import Rows, distinct, weight_path
 from tensorpeft.network.sizes import MAX_SIZE, Sizes
 
 MAX_LAYERS = 10_000
@@ -53,6 +53,7 @@ class Matrix:
     head_side: str | None = None
     rows: Rows | None = None
     reads: str | None = None  # the first of the roles that read the very same tensor as this one
+    inside: str = ""  # of one model among several inside another: its path, with a dot behind it
 
     @property
     def module_d_out(self) -> int:
@@ -89,15 +90,36 @@ class Architecture:
     @cached_property
     def _patterns(self) -> tuple[tuple[re.Pattern[str], dict[str, tuple[Matrix, ...]]], ...]:
         """For each text before `{layer}`: its pattern, and the matrices by the text after `{layer}`."""
-        heads: dict[str, dict[str, tuple[Matrix, ...]]] = {}
+        heads: dict[tuple[str, str], dict[str, tuple[Matrix, ...]]] = {}
         for matrix in self.matrices:
             for template in matrix.modules:
                 head, tail = weight_path(template, matrix.parameter).split("{layer}")
-                tails = heads.setdefault(head, {})
+                tails = heads.setdefault((re.escape(matrix.inside), re.escape(head[:-1])), {})
                 tails[tail] = (*tails.get(tail, ()), matrix)
         return tuple(
-            (re.compile(rf"((?:.*\.)?{re.escape(head[:-1])})\.(\d+)(.+)"), tails) for head, tails in heads.items()
+            (re.compile(rf"({inside}(?:.*\.)?{head})\.(\d+)(.+)"), tails) for (inside, head), tails in heads.items()
         )
+
+
+def together(models: Mapping[str, Architecture]) -> Architecture:
+    """Several models inside another, by their paths: each role and size has the name of its model in front.
+
+    The name is what a path has for itself: ``language_model`` and ``vision_tower`` of ``model.language_model`` and so on.
+    """
+    names = distinct(models)
+    named = [(names[path], path, architecture) for path, architecture in models.items()]
+    return Architecture(
+        family=", ".join(dict.fromkeys(architecture.family for _, _, architecture in named)),
+        sizes=tuple((f"{name.replace('.', '_')}_{size}", value) for name, _, a in named for size, value in a.sizes),
+        matrices=tuple(_within(matrix, name, path) for name, path, a in named for matrix in a.matrices),
+        uncalled=tuple(ending for _, _, a in named for ending in a.uncalled),
+        unused=tuple(ending for _, _, a in named for ending in a.unused),
+    )
+
+
+def _within(matrix: Matrix, name: str, path: str) -> Matrix:
+    reads = matrix.reads and f"{name}.{matrix.reads}"
+    return replace(matrix, role=f"{name}.{matrix.role}", reads=reads, inside=f"{path}.")
 
 
 def families() -> tuple[str, ...]:

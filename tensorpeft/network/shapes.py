@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,6 +62,16 @@ class Linear:
 def weight_path(module: str, parameter: str | None) -> str:
     """``experts`` and ``gate_up_proj`` give ``experts.gate_up_proj``; ``attn`` and ``out_proj.weight`` give ``attn.out_proj``."""
     return module if parameter is None else f"{module}.{parameter}".removesuffix(".weight").removeprefix(".")
+
+
+def distinct(paths: Iterable[str]) -> dict[str, str]:
+    """For each path what it has for itself: ``encoder`` for ``encoder.block`` beside ``decoder.block``."""
+    parts = {path: path.split(".") for path in paths}
+    while len({path[0] for path in parts.values()}) == 1 and min(map(len, parts.values())) > 1:
+        parts = {path: rest[1:] for path, rest in parts.items()}
+    while len({path[-1] for path in parts.values()}) == 1 and min(map(len, parts.values())) > 1:
+        parts = {path: rest[:-1] for path, rest in parts.items()}
+    return {path: ".".join(rest) for path, rest in parts.items()}
 
 
 def is_named(matrix: str, name: str) -> bool:

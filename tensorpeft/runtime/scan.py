@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tensorpeft.network.architecture import Architecture, architecture, families
+from tensorpeft.network.architecture import Architecture, architecture, families, together
 from tensorpeft.network.shapes import Linear, ModelShape, Site
 from tensorpeft.network.sites import resolve
 from tensorpeft.runtime.adapter import Adapter
@@ -19,9 +19,10 @@ from tensorpeft.runtime.parameters import head_of, parameters
 def scan(model: nn.Module) -> ModelShape:
     """The adaptable sites of a model, its sizes, and the number of its parameters (tied ones once).
 
-    Where the model, or the one module inside it, has a config of a known family, the family's table names the roles and
-    the heads; elsewhere the paths of the modules give the names (see ``network.sites.resolve``). A model without a
-    table has the sizes ``layers`` (how many its paths count) and ``width`` (the commonest d_in inside the layers).
+    Where the model, or a module inside it, has a config of a known family, the family's table names the roles and the
+    heads, behind the module's name if there are several; elsewhere the paths of the modules give the names (see
+    ``network.sites.resolve``). A model without a table has the sizes ``layers`` (how many its paths count) and ``width``
+    (the commonest d_in inside the layers).
     Adapters that the model has already are no part of it.
 
     Raises:
@@ -52,14 +53,15 @@ def _linears(modules: Mapping[str, nn.Module]) -> list[Linear]:
 
 
 def _architecture(modules: Mapping[str, nn.Module]) -> Architecture | None:
-    """What the config of the model says; or of the outermost module with a known config, if there is one alone."""
+    """What the config of the model says; or those of the outermost modules with a known config."""
     known = families()
     outermost: dict[str, Any] = {}  # by the start of the paths inside
     for name, module in modules.items():
         config = getattr(module, "config", None)
         if getattr(config, "model_type", None) in known and not name.startswith(tuple(outermost)):
             outermost[f"{name}." if name else ""] = config
-    return architecture(next(iter(outermost.values())).to_dict()) if len(outermost) == 1 else None
+    found = {start.removesuffix("."): architecture(config.to_dict()) for start, config in outermost.items()}
+    return together(found) if len(found) > 1 else next(iter(found.values()), None)
 
 
 def _sizes(sites: Iterable[Site]) -> tuple[tuple[str, int], ...]:

@@ -288,6 +288,11 @@ CONFIGS = {
         "patch_size": 8,
     },
     "siglip": {"model_type": "siglip", "text_config": without(CLIP_TEXT, "model_type"), "vision_config": SIGLIP_VISION},
+    "clip_text_model": {**CLIP_TEXT, "projection_dim": 24},
+    "clip_vision_model": {**CLIP_VISION, "projection_dim": 24},
+    "siglip_text_model": {**CLIP_TEXT, "model_type": "siglip_text_model", "projection_size": 24},
+    "siglip_vision_model": {**CLIP_VISION, "model_type": "siglip_vision_model"},
+    "siglip_vision_model, no head": {**CLIP_VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
     "modernbert": {"model_type": "modernbert", **TEXT, "pad_token_id": 0},
     "modernbert, all options": {
         "model_type": "modernbert",

@@ -218,6 +218,10 @@ CASES = {
         {**CLIP, "text_config": {**TEXT, "projection_size": 48}},
         layers(2, tuple(MLP), "text.") | layers(3, tuple(MLP), "vision."),
     ),
+    "clip, text": Case("CLIPTextModelWithProjection", {**TEXT, "projection_dim": 24}, MLP),
+    "clip, vision": Case("CLIPVisionModel", VISION, layers(3, tuple(MLP))),
+    "siglip, text": Case("SiglipTextModel", {**TEXT, "projection_size": 32}, MLP),
+    "siglip, vision": Case("SiglipVisionModel", VISION, layers(3, tuple(MLP))),
     "modernbert": Case("ModernBertForMaskedLM", TEXT, GATED),
     "wav2vec2": Case("Wav2Vec2ForCTC", SOUND, MLP),
     "hubert": Case("HubertModel", {**SOUND, "feat_extract_norm": "layer"}, MLP),
@@ -244,7 +248,7 @@ def inputs(model: nn.Module) -> dict[str, Tensor]:
     ids = torch.randint(3, 100, (2, 7), generator=generator)
     image = torch.randn(2, 3, 16, 16, generator=generator, dtype=torch.float64)
     match model.config.model_type:
-        case "vit" | "deit" | "beit" | "dinov2":
+        case "vit" | "deit" | "beit" | "dinov2" | "clip_vision_model" | "siglip_vision_model":
             return {"pixel_values": image}
         case "clip" | "siglip":
             return {"input_ids": ids, "pixel_values": image}

@@ -57,13 +57,33 @@ def test_a_backbone_inside_another_module_keeps_its_roles():
     assert outside == {"pooler.dense", "tags"}
 
 
-def test_two_backbones_are_named_by_their_paths():
+def test_two_backbones_have_their_names_in_front():
     pair = nn.ModuleDict({"left": transformers.BertModel(BERT), "right": transformers.BertModel(BERT)})
-    shape = scan(pair)
-    assert shape.family is None
-    assert {s.key for s in choose(Target(("query",)), shape)} == {
-        (f"{side}.encoder.layer.attention.self.query", layer) for side in ("left", "right") for layer in range(2)
-    }
+    shape = scan(nn.ModuleDict({"twins": pair}))
+    assert shape.family == "bert"
+    assert dict(shape.sizes)["left_width"] == 32
+    assert [(site.key, site.reads, site.stack) for site in choose(Target(("query",)), shape)] == [
+        ((f"{side}.query", layer), f"{side}.query", f"twins.{side}.encoder.layer")
+        for side in ("left", "right")
+        for layer in range(2)
+    ]
+
+
+def test_a_model_that_sees_and_speaks():
+    vision = {**SMALL, "hidden_size": 48, "num_attention_heads": 6, "image_size": 16, "patch_size": 8}
+    text, vision = transformers.LlamaConfig(**TEXT), transformers.CLIPVisionConfig(**vision)
+    shape = scan(
+        transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(text_config=text, vision_config=vision))
+    )
+    assert shape.family == "clip_vision_model, llama"
+    found = choose(Target(("query", "up", "fc1"), layers=(1,)), shape)
+    assert [(site.matrix, site.d_out, site.heads) for site in found] == [
+        ("vision_tower.query", 48, 6),
+        ("vision_tower.fc1", 48, None),
+        ("language_model.query", 32, 4),
+        ("language_model.up", 48, None),
+    ]
+    assert [site.matrix for site in choose(Target(("language_model.up",)), shape)] == ["language_model.up"] * 2
 
 
 def test_a_module_that_is_not_as_the_config_says():

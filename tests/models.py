@@ -13,6 +13,8 @@ from transformers import (
     GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
+    RobertaConfig,
+    RobertaForSequenceClassification,
     ViTConfig,
     ViTModel,
 )
@@ -47,13 +49,22 @@ def vit() -> nn.Module:
     return ViTModel(config, add_pooling_layer=False)
 
 
+def roberta() -> nn.Module:
+    """A classifier: its head has a dense layer."""
+    config = RobertaConfig(
+        hidden_size=48, num_hidden_layers=2, intermediate_size=64, num_attention_heads=4, vocab_size=50, num_labels=3
+    )
+    return RobertaForSequenceClassification(config)
+
+
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {"llama": llama, "bert": bert, "gpt2": gpt2, "vit": vit}
+CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"roberta": roberta}
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model in evaluation mode (no dropout), its weights the same at every call."""
     torch.manual_seed(0)
-    return ARCHITECTURES[name]().to(dtype).eval()
+    return {**ARCHITECTURES, **CLASSIFIERS}[name]().to(dtype).eval()
 
 
 def widen_norms(model: nn.Module) -> nn.Module:
@@ -81,10 +92,11 @@ def embeddings(model: nn.Module) -> nn.Module:
 
 
 def run(model: nn.Module, x: Tensor) -> Tensor:
-    """The model's first output, (batch, tokens, features)."""
+    """The model's first output, (batch, tokens, features), or a classifier's (batch, labels)."""
     if x.is_floating_point():
         return model(x.to(next(model.parameters()).dtype))[0]
-    return model(x, use_cache=False)[0] if not isinstance(model, BertModel) else model(x)[0]
+    bidirectional = isinstance(model, BertModel | RobertaForSequenceClassification)
+    return model(x)[0] if bidirectional else model(x, use_cache=False)[0]
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """The published counts (``golden/param_counts.yaml``), each as the spec that it speaks of.
 
-A row names a method of the catalogue, and what to set over its file: matrices, rank, tasks. Of a row's count, the part of
-``plus`` is another spec's.
+A row names a method of the catalogue, and what to set over its file: matrices, rank, tasks.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from typing import Any
 import yaml
 
 from tensorpeft.compile import report
-from tensorpeft.language.catalogue import method_path
 from tensorpeft.language.load import load_spec
 from tensorpeft.language.spec import Spec
 from tensorpeft.reporting.report import Report
@@ -39,22 +37,41 @@ _WORDED = {  # what a row writes for its matrices, where that is no list
     "query, key, value, out, fc1 in 4, fc2 in 4": ["query", "key", "value", "out", "fc1", "fc2"],
     "k and v by output, down by input": ["key", "value", "down"],
 }
-OWN_SPLIT = {"loretta-rep", "llama-7b"}  # split by hand, into other parts than the shipped spec's
+SHAPES: dict[tuple[str, str], dict[str, Any]] = {  # a method's own shapes for a model, over those that a spec finds
+    ("loretta-rep", "llama-7b"): {  # 4096 x 8 as 16 x 16 x 8 x 4 x 4: the rank is within the last two
+        "modes": [
+            "d_out = o1(16) * o2(16) * o3(8) * o4(2)",
+            "d_in = i1(16) * i2(16) * i3(8) * i4(2)",
+            "s = i4 * x",
+            "t = o4 * x",
+            "q = y * z",
+        ],
+        "rank": {"r": None, "a": 8, "d": "a", "h": "a", "x": 2, "y": 2, "z": 2},
+        "update": (
+            "B1[matrix, layer, o1, e] * B2[matrix, layer, e, o2, f] * B3[matrix, layer, f, o3, g] * "
+            "B4[matrix, layer, g, t, h] * B5[matrix, layer, h, q] * "
+            "A1[matrix, layer, i1, a] * A2[matrix, layer, a, i2, b] * A3[matrix, layer, b, i3, c] * "
+            "A4[matrix, layer, c, s, d] * A5[matrix, layer, d, q]"
+        ),
+        "factors": None,
+        "alpha": None,
+        "scale": 2,
+    }
+}
 
 
 def described(row: Row) -> str:
     return "-".join(str(row[key]) for key in ("method", "model", "rank", "kind", "count") if key in row)
 
 
-def is_expressed(row: Row) -> bool:
-    """Whether the catalogue has the row's method, and what the row sets can be set over its file."""
-    return method_path(row["method"]) is not None and {row["method"], row["model"]} != OWN_SPLIT
-
-
 def spec_of(row: Row) -> Spec:
     """The spec that a row counts."""
+    if "plus" in row:  # LoRA on the classifier beside it
+        return load_spec("lorta_lora", rank=row["rank"])
     matrices = row["matrices"]
     overrides: dict[str, Any] = {"matrices": _WORDED[matrices] if isinstance(matrices, str) else matrices}
+    if (row["method"], row["model"]) in SHAPES:
+        return load_spec(row["method"], **overrides, **SHAPES[row["method"], row["model"]])
     overrides |= {key: row[key] for key in ("rank", "tasks") if key in row}
     if row["method"] == "lora" and "tasks" in row:  # an adapter of its own for each task
         overrides["modes"] = ["task", "matrix", "layer", "d_out", "d_in"]
@@ -64,10 +81,8 @@ def spec_of(row: Row) -> Spec:
 def counted(row: Row) -> int:
     """What we count for a row."""
     found: int = getattr(cost(row), row["kind"])
-    if "plus" in row:
-        found += report(load_spec("lora", rank=row["rank"], matrices=["classifier.dense"]), model=CLASSIFIER).trainable
     return found
 
 
 def cost(row: Row) -> Report:
-    return report(spec_of(row), model=row["model"])
+    return report(spec_of(row), model=CLASSIFIER if "plus" in row else row["model"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import peft
 import pytest
 import torch
+from peft.tuners.c3a.utils import get_circulant_fast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -88,6 +89,58 @@ def gralora(layer: nn.Module) -> Values:
     }
 
 
+def miss(layer: nn.Module) -> Values:
+    return {"D": layer.miss_block["default"].T}
+
+
+def miss_change(layer: nn.Module) -> Tensor:
+    """PEFT gives the whole weight, not its change."""
+    weight = layer.base_layer.weight.data
+    return layer.get_delta_weight_miss("default", weight.clone()) - weight
+
+
+def hira(layer: nn.Module) -> Values:
+    return named(layer, {"A": "hira_A", "B": "hira_B"})
+
+
+def hira_change(layer: nn.Module) -> Tensor:
+    return layer.base_layer.weight * layer.get_delta_weight("default")
+
+
+def glora(layer: nn.Module) -> Values:
+    a, b = layer.glora_A["default"], layer.glora_B["default"]
+    return {"Ad": a.Xd, "Au": a.Xu, "Bd": b.Xd, "Bu": b.Xu}
+
+
+def glora_change(layer: nn.Module) -> Tensor:
+    return layer.weight * layer.glora_A["default"]() + layer.glora_B["default"]()
+
+
+def ia3(layer: nn.Module) -> Values:
+    """PEFT's vector holds the scales themselves, ours what they differ from one by."""
+    return {"v" if layer.is_feedforward else "u": layer.ia3_l["default"].flatten() - 1}
+
+
+def ia3_change(layer: nn.Module) -> Tensor:
+    scales = layer.ia3_l["default"]
+    return layer.base_layer.weight * ((scales.T if layer.fan_in_fan_out else scales) - 1)
+
+
+def tinylora(layer: nn.Module) -> Values:
+    found = named(layer, {"U": "tinylora_B", "V": "tinylora_A", "P": "tinylora_P"})
+    return {**found, "v": layer.tinylora_v["default"][layer._tinylora_v_key["default"]]}
+
+
+def c3a(layer: nn.Module) -> Values:
+    return {"w": layer.c3a_kernel["default"]}
+
+
+def c3a_change(layer: nn.Module) -> Tensor:
+    """What PEFT's layer computes, in float64: the layer itself works in float32."""
+    kernel = layer.c3a_kernel["default"].double()
+    return get_circulant_fast(kernel) / layer.in_features
+
+
 @dataclass(frozen=True)
 class Method:
     """A method in both libraries: a spec of the catalogue, a config, and the factors that a layer of PEFT's comes down to."""
@@ -97,10 +150,15 @@ class Method:
     settings: dict[str, object]
     factors: Callable[[nn.Module], Values]
     overrides: dict[str, object] = field(default_factory=dict)
+    change: Callable[[nn.Module], Tensor] = lambda layer: layer.get_delta_weight("default")
+    tolerance: float = 1e-12  # of the model's output
 
 
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
+CONV1D = ["attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 # the smaller side of a matrix is the output's: the spec of the catalogue with its sides exchanged
 TURNED = {"update": "B[d_in, r, n] * L[matrix, layer, r, n] * A[r, d_out] * G[matrix, layer, n, d_out]"}
+BY_INPUT = {"update": "W[d_out, d_in] * v[matrix, layer, d_in]", "factors": {"u": None}}
 METHODS = {
     "lora": Method("lora", peft.LoraConfig, {"r": 3, "lora_alpha": 5}, lora, {"rank": 3, "alpha": 5}),
     "rslora": Method(
@@ -132,11 +190,17 @@ METHODS = {
         "gralora", peft.GraloraConfig, {"r": 6, "gralora_k": 2, "alpha": 5}, gralora, {"rank": 3, "alpha": 5}
     ),
 }
-LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
-CONV1D = ["attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
+METHODS |= {
+    "hira": Method("hira", peft.HiraConfig, {"r": 3}, hira, {"rank": 3}, hira_change),
+    "glora": Method("glora", peft.GloraConfig, {"r": 3}, glora, {"rank": 3, "train": None}, glora_change),
+    "ia3": Method("ia3", peft.IA3Config, {"feedforward_modules": ["down_proj"]}, ia3, {}, ia3_change),
+    "ia3, by input": Method("ia3", peft.IA3Config, {"feedforward_modules": CONV1D}, ia3, BY_INPUT, ia3_change),
+}
 CASES = [
-    *((method, "llama", LINEAR) for method in METHODS if not method.startswith("randlora")),
-    *((method, "gpt2", CONV1D) for method in ("lora", "vera", "adalora", "gralora")),
+    *((method, "llama", LINEAR) for method in METHODS if not method.startswith(("randlora", "ia3"))),
+    ("ia3", "llama", ["k_proj", "v_proj", "down_proj"]),
+    ("ia3, by input", "gpt2", CONV1D),
+    *((method, "gpt2", CONV1D) for method in ("lora", "vera", "adalora", "gralora", "hira")),
     ("randlora", "llama", ["q_proj", "up_proj"]),
     ("randlora", "gpt2", CONV1D[:2]),
     ("randlora, turned", "llama", ["k_proj", "v_proj"]),
@@ -189,12 +253,12 @@ def compare(architecture: str, name: str, modules: list[str], part: Callable[[Si
     assert {site.module for site in adapter.sites} == set(theirs)
     copied(adapter, theirs, method, part)
     for path, layer in theirs.items():
-        expected = layer.get_delta_weight("default")
+        expected = method.change(layer)
         expected = expected.T if architecture == "gpt2" else expected
         assert (adapter.delta(path) - expected).norm() <= 1e-12 * expected.norm(), path
     with torch.no_grad():
         ours, truth = run(base, x), run(other, x)
-    assert (ours - truth).norm() <= 1e-12 * truth.norm()
+    assert (ours - truth).norm() <= method.tolerance * truth.norm()
     with adapter.disabled(), torch.no_grad():
         assert not torch.allclose(run(base, x), truth, rtol=1e-4)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
-import yaml
 from hypothesis import Phase, given, reject, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -90,48 +90,82 @@ SPLITS = {
 TARGETS = ("all-linear", {"matrices": ["mix", "grow"]}, {"matrices": ["*.0.mix", "*.1.grow"]})
 
 
+POLICIES = (
+    "by_size",
+    "slice",
+    {"d_out": "slice"},
+    {"*": "slice", "d_in": "by_size"},
+    {"d_out": "group", "r0": "slice"},
+)
+ELSEWHERE = "layers 1"  # a selector that fits some sites of every target
+KEPT = ("keep(0.6)", {"*": "keep(0.5)", ELSEWHERE: "bernoulli(0.7)"})
+Modes = dict[str, list[str]]  # of each factor of a product
+
+
 @st.composite
-def products(draw: st.DrawFn, prefix: str, opened: list[str], bonds: list[str]) -> dict[str, list[str]]:
-    """The modes of two to five factors: an open mode is in one or two of them, a bond in two or three."""
+def products(draw: st.DrawFn, prefix: str, opened: list[str], bonds: list[str], task: bool) -> Modes:
+    """The modes of two to five factors: an open mode is in one or two of them, or in none beside W; a bond in two or three."""
     names = [f"{prefix}{number}" for number in range(draw(st.integers(2, 5)))]
-    modes: dict[str, list[str]] = {name: [] for name in names}
-    allowed = {**dict.fromkeys(opened, (1, 2)), **dict.fromkeys(bonds, (2, 3)), "matrix": (0, 3), "layer": (0, 3)}
+    base = draw(st.sampled_from([False, False, True]))
+    modes: Modes = {name: [] for name in names}
+    allowed = {
+        **dict.fromkeys(opened, (1 - base, 2)),
+        **dict.fromkeys(bonds, (2, 3)),
+        "matrix": (0, 3),
+        "layer": (0, 3),
+    }
+    if task:
+        allowed["task"] = (1, 2)
     for mode, (least, most) in allowed.items():
         for name in draw(st.lists(st.sampled_from(names), min_size=least, max_size=min(most, len(names)), unique=True)):
             modes[name].insert(draw(st.integers(0, len(modes[name]))), mode)
-    return modes
+    return {**modes, "W": ["d_out", "d_in"]} if base else modes
+
+
+def summed(draw: st.DrawFn, terms: list[Modes]) -> str:
+    return draw(st.sampled_from([" + ", " - "])).join(
+        " * ".join(f"{name}[{', '.join(modes)}]" if modes else name for name, modes in product.items())
+        for product in terms
+    )
+
+
+@st.composite
+def masks(draw: st.DrawFn, terms: list[Modes], known: set[str]) -> dict[str, object]:
+    """Up to two masks, each of one mode of a factor or of the entries over two."""
+    of = {f: [m for m in modes if m in known] for product in terms for f, modes in product.items() if f != "W"}
+    single = [f"{f}[{m}]" for f, modes in of.items() for m in modes]
+    double = [f"{f}[{modes[0]}, {modes[-1]}]" for f, modes in of.items() if len(modes) > 1]
+    chosen = draw(st.lists(st.sampled_from([*single, *double]), max_size=2, unique=True)) if single else []
+    return {where: draw(st.sampled_from(KEPT)) for where in chosen}
 
 
 @st.composite
 def random_specs(draw: st.DrawFn) -> str:
-    """One or two products over random modes."""
+    """One or two products over random modes, perhaps others in the second layer."""
     splits = [draw(st.sampled_from(list(SPLITS[side]))) for side in SPLITS]
     opened = [mode for side, split in zip(SPLITS, splits, strict=True) for mode in SPLITS[side][split]]
-    bonds = {f"r{number}": draw(st.integers(1, 3)) for number in range(draw(st.integers(1, 4)))}
+    size = st.one_of(st.integers(1, 3), st.sampled_from([{"*": 2, ELSEWHERE: 3}, {"*": 3, ELSEWHERE: 1}]))
+    bonds = {f"r{number}": draw(size) for number in range(draw(st.integers(1, 4)))}
     tasks = draw(st.sampled_from([None, 3]))
-    summed = [
-        draw(products(prefix, opened + ["task"] * bool(tasks), list(bonds)))
-        for prefix in draw(st.sampled_from(["F", "FG"]))
-    ]
-    update = draw(st.sampled_from([" + ", " - "])).join(
-        " * ".join(f"{name}[{', '.join(modes)}]" if modes else name for name, modes in product.items())
-        for product in summed
-    )
-    masked = [
-        f"{f}[{m}]" for product in summed for f, modes in product.items() for m in modes if m in (*opened, *bonds)
-    ]
+    entries = {
+        where: [draw(products(prefix, opened, list(bonds), bool(tasks))) for prefix in prefixes]
+        for where, prefixes in draw(st.sampled_from([{"*": "F"}, {"*": "FG"}, {"*": "F", ELSEWHERE: "GH"}])).items()
+    }
+    update = {where: summed(draw, terms) for where, terms in entries.items()}
+    every = [product for terms in entries.values() for product in terms]
+    carried = {mode for product in every for modes in product.values() for mode in modes}
     spec = {
         "tensorpeft": 1,
         "target": draw(st.sampled_from(TARGETS)),
-        "modes": [split for split in splits if "=" in split],
+        "modes": [split for split in splits if carried & {*re.findall(r"[oi]\d", split)}],
         "rank": bonds,
         "tasks": tasks,
-        "update": update,
-        "factors": {draw(st.sampled_from(list(product))): {"init": "zeros"} for product in summed},
-        "ragged": draw(st.sampled_from(["by_size", "slice"])),
-        "mask": dict.fromkeys(draw(st.lists(st.sampled_from(masked), max_size=2, unique=True)), "keep(0.6)"),
+        "update": update if len(update) > 1 else update["*"],
+        "factors": {draw(st.sampled_from([f for f in product if f != "W"])): {"init": "zeros"} for product in every},
+        "ragged": draw(st.sampled_from(POLICIES)),
+        "mask": draw(masks(every, {*opened, *bonds})),
     }
-    return yaml.safe_dump({key: value for key, value in spec.items() if value})
+    return json.dumps({key: value for key, value in spec.items() if value}, indent=1)  # YAML too, and without anchors
 
 
 @settings(max_examples=60, phases=[Phase.generate], deadline=None, derandomize=True, database=None)

@@ -62,7 +62,10 @@ def choose(target: Target, shape: ModelShape) -> tuple[Site, ...]:
 
 
 def match(entry: str, shape: ModelShape) -> tuple[Site, ...]:
-    """The sites of one entry, in every layer."""
+    """The sites of one entry, in every layer; of alternatives (``down | fc2``) those of the first that has any."""
+    if "|" in entry:
+        alternatives = (match(alternative.strip(), shape) for alternative in entry.split("|"))
+        return next(filter(None, alternatives), ())
     if entry == ALL_LINEAR:
         linear = tuple(site for site in shape.sites if site.is_linear)
         return tuple(site for site in linear if site.stack is not None) or linear

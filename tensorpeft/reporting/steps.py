@@ -54,16 +54,17 @@ def _group(plan: GroupPlan, tokens: int) -> Iterator[Step]:
 
 
 def _prologue(plan: GroupPlan, term: Term, link: Link, where: str, sizes: Mapping[str, int]) -> Iterator[Step]:
-    """The steps that build a link's tensor for all sites at once."""
-    live = [(term.operands[i].factor, operand_modes(plan.group, term.operands[i])) for i in link.operands]
-    final = (*site_axes(plan.group, set(link.site_modes)), *link.modes)
+    """The steps that build a link's tensor: for all sites at once, or, where it contains the base weight, at each."""
+    operands, runs = [term.operands[i] for i in link.operands], len(plan.group.sites) if link.at_site else 1
+    live = [(o.factor, o.modes if link.at_site else operand_modes(plan.group, o)) for o in operands]
+    final = link.modes if link.at_site else (*site_axes(plan.group, set(link.site_modes)), *link.modes)
     for path in link.path:
         left, right = (live[i] for i in path)
         live = [tensor for i, tensor in enumerate(live) if i not in path]
         needed = {*final, *(mode for _, modes in live for mode in modes)}
         kept = tuple(mode for mode in dict.fromkeys((*left[1], *right[1])) if mode in needed) if live else final
         result = (f"{left[0]}.{right[0]}", kept)
-        yield _step(where, 1, left, right, result, sizes)
+        yield _step(where, runs, left, right, result, sizes)
         live.append(result)
 
 

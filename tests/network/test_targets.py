@@ -101,6 +101,13 @@ def test_a_module_outside_the_layers():
     assert keys(["classifier", "pooler.dense"], shape=BERT) == [("pooler.dense", 0), ("classifier", 0)]
 
 
+def test_of_alternatives_the_first_that_the_model_has():
+    assert keys(["down|fc2"], shape=LLAMA) == keys(["fc2 | down"], shape=LLAMA) == grid(["down"], range(3))
+    assert keys(["down|fc2"], shape=BERT) == grid(["fc2"], range(3))
+    with pytest.raises(SpecError, match=r"`up\|gate` matches nothing in bert"):
+        choose(target(["up|gate"]), BERT)
+
+
 def test_a_role_comes_before_a_module_of_that_name():
     shape = plain("layers.0.out", "layers.0.attn.out.fc", "layers.1.out", "layers.1.attn.out.fc")
     assert keys(["out"], shape=shape) == [("out", 0), ("out", 1)]

@@ -19,6 +19,7 @@ from tensorpeft.network.shapes import ModelShape
 from tensorpeft.reporting.drawing import drawing
 from tensorpeft.reporting.panels import columns, panels
 from tensorpeft.reporting.svg import CHARACTER
+from tests.published import CLASSIFIER
 from tests.structures import CASES, STRUCTURES, model
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -28,7 +29,7 @@ SPECS = {**STRUCTURES, **{name: name for name in method_paths()}}
 
 @cache
 def shape(name: str) -> ModelShape:
-    return shape_of(model(LONE[name])) if name in LONE else shape_of("roberta-base")
+    return shape_of(model(LONE[name])) if name in LONE else shape_of(CLASSIFIER)
 
 
 @cache

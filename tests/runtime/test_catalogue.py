@@ -30,7 +30,6 @@ CASES = [
     *((name, architecture) for name in SPECS for architecture in ARCHITECTURES),
     ("lorta_lora", "roberta"),
 ]
-UNGATED = {"gate": "fc1", "up": "fc1", "down": "fc2"}  # what models without gates call these roles
 REFUSED: dict[tuple[str, str], str] = {
     ("lorta_lora", architecture): "`classifier.dense` matches nothing in" for architecture in ARCHITECTURES
 }
@@ -38,12 +37,9 @@ FITTING = [case for case in CASES if case not in REFUSED]
 LONGEST = 15  # lines of a spec, comments left out
 
 
-def fitted(name: str, architecture: str, folder: Path, **overrides: object) -> Spec:
-    """A spec with the roles of an architecture, and random scores if it reads a file of them."""
-    spec = tp.load_spec(name, **overrides)
-    if architecture in ("gpt2", "bert") and "all-linear" not in spec.target.matrices:
-        roles = dict.fromkeys(UNGATED.get(role, role) for role in spec.target.matrices)
-        spec = tp.load_spec(name, matrices=list(roles), **overrides)
+def scored(name: str, architecture: str, folder: Path) -> Spec:
+    """A spec, with random scores if it reads a file of them."""
+    spec = tp.load_spec(name)
     if spec.scores is not None:
         sites = tp.attach(build(architecture), tp.load_spec("lora", matrices=list(spec.target.matrices))).sites
         draw = np.random.default_rng(5)
@@ -72,20 +68,20 @@ def test_is_refused_with_a_reason(architecture: str, tmp_path: Path) -> None:
     before = state(model)
     for name, reason in ((name, why) for (name, where), why in REFUSED.items() if where == architecture):
         with pytest.raises(tp.SpecError, match=reason) as refusal:
-            tp.attach(model, fitted(name, architecture, tmp_path))
+            tp.attach(model, scored(name, architecture, tmp_path))
         assert all(problem.span is not None for problem in refusal.value.problems)
         assert state(model) == before
 
 
 @pytest.mark.parametrize(("name", "architecture"), FITTING)
 def test_equals_one_einsum(name: str, architecture: str, tmp_path: Path) -> None:
-    check(spec_text(fitted(name, architecture, tmp_path)), architecture, enliven)
+    check(spec_text(scored(name, architecture, tmp_path)), architecture, enliven)
 
 
 @pytest.mark.parametrize(("name", "architecture"), FITTING)
 def test_lives(name: str, architecture: str, tmp_path: Path) -> None:
     """It trains what the report counts, is saved, loaded and copied whole, stands beside another, and leaves no trace."""
-    model, x, spec = build(architecture), inputs(architecture), fitted(name, architecture, tmp_path)
+    model, x, spec = build(architecture), inputs(architecture), scored(name, architecture, tmp_path)
     before, base = state(model), run(model, x).detach()
     report = tp.report(spec, model)
     adapter = tp.attach(model, spec)
@@ -149,7 +145,7 @@ def test_in_bfloat16_no_worse_than_one_einsum(name: str, architecture: str, tmp_
     """Errors against float64, root mean square over draws: one draw of a small gradient is noise."""
     model = widen_norms(build(architecture, torch.bfloat16))
     wide = widen_norms(build(architecture, torch.bfloat16)).double()  # the same weights, as bfloat16 rounded them
-    adapter = tp.attach(model, fitted(name, architecture, tmp_path))
+    adapter = tp.attach(model, scored(name, architecture, tmp_path))
     mine: dict[str, float] = defaultdict(float)
     its: dict[str, float] = defaultdict(float)
     for draw in range(4):

@@ -14,7 +14,6 @@ from tensorpeft.reporting.report import Report
 from tests import published
 
 
-
 def cost(method: str, model: object, **overrides: object) -> Report:
     return report(load_spec(method, **overrides), model=model)
 

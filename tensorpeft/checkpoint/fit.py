@@ -9,12 +9,7 @@ from tensorpeft.checkpoint.header import Header, SiteRow
 from tensorpeft.language.errors import CheckpointError, listing
 from tensorpeft.network.network import Block, Network
 from tensorpeft.network.shapes import Site
-from tensorpeft.network.targets import fingerprint
-
-
-def site_rows(sites: Iterable[Site]) -> tuple[SiteRow, ...]:
-    """What a header says of sites."""
-    return tuple((site.matrix, site.layer, site.d_out, site.d_in) for site in sites)
+from tensorpeft.network.targets import fingerprint, site_rows
 
 
 def mask_digest(block: Block) -> str | None:
@@ -60,15 +55,16 @@ def check_factors(header: Header, network: Network) -> None:
 
 def _difference(saved: Iterable[SiteRow], here: Iterable[SiteRow]) -> str:
     """The first difference between two lists of sites."""
-    before, now = ({row[:2]: row[2:] for row in rows} for rows in (saved, here))
-    for (matrix, layer), (d_out, d_in) in before.items():
-        place = f"`{matrix}` of layer {layer}"
-        if (matrix, layer) not in now:
-            return f"there is no {place}"
-        if now[matrix, layer] != (d_out, d_in):
-            found = now[matrix, layer]
-            return f"{place} is {found[0]} x {found[1]} (d_out x d_in), expected {d_out} x {d_in}"
-    for matrix, layer in now:
-        if (matrix, layer) not in before:
-            return f"it has `{matrix}` of layer {layer} too"
-    return "they are in another order"
+    before, now = ({(*row[:2], *row[4:]): row[2:4] for row in rows} for rows in (saved, here))
+    for key, (d_out, d_in) in before.items():
+        if key not in now:
+            return f"there is no {_place(*key)}"
+        if now[key] != (d_out, d_in):
+            found = now[key]
+            return f"{_place(*key)} is {found[0]} x {found[1]} (d_out x d_in), expected {d_out} x {d_in}"
+    more = next((key for key in now if key not in before), None)
+    return f"it has {_place(*more)} too" if more else "they are in another order"
+
+
+def _place(matrix: str | int, layer: str | int, *expert: str | int) -> str:
+    return f"`{matrix}` of layer {layer}" + "".join(f", expert {each}" for each in expert)

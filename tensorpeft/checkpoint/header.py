@@ -17,7 +17,7 @@ FORMAT = 1
 DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name -> safetensors'
 _LARGEST = 16 * 2**20  # characters: a mixture of 100,000 experts needs a quarter of it
 
-SiteRow = tuple[str, int, int, int]  # matrix, layer, d_out, d_in
+SiteRow = tuple[str | int, ...]  # matrix, layer, d_out, d_in, and the expert if there are several
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def parse_header(text: str) -> Header:
     header = Header(
         spec=plain["spec"],
         model=plain["base"]["model"],
-        sites=tuple((matrix, layer, d_out, d_in) for matrix, layer, d_out, d_in in plain["base"]["sites"]),
+        sites=tuple(map(tuple, plain["base"]["sites"])),
         factors={
             name: SavedFactor(**said | {"shape": tuple(said["shape"])}) for name, said in plain["factors"].items()
         },
@@ -131,12 +131,13 @@ _TEXT = {"type": "string", "maxLength": 256, "description": "a text of at most 2
 _DIGEST = {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "a SHA-256 in hexadecimal"}
 _SIZE = {"type": "integer", "minimum": 1, "maximum": 2**48, "description": "a size, a whole number from 1"}
 _LAYER = {"type": "integer", "minimum": 0, "maximum": 2**31, "description": "the number of a layer"}
+_EXPERT = {"type": "integer", "minimum": 0, "maximum": 2**31, "description": "the number of an expert"}
 _SITE = {
     "type": "array",
-    "prefixItems": [_TEXT, _LAYER, _SIZE, _SIZE],
+    "prefixItems": [_TEXT, _LAYER, _SIZE, _SIZE, _EXPERT],
     "items": False,
     "minItems": 4,
-    "description": "a site: matrix, layer, d_out, d_in",
+    "description": "a site: matrix, layer, d_out, d_in, and the expert if there are several",
 }
 _FACTOR = _closed(
     "a factor",

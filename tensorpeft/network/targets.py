@@ -93,9 +93,13 @@ def is_meant(name: str, site: Site) -> bool:
 
 
 def fingerprint(sites: Iterable[Site]) -> str:
-    """SHA-256, in hexadecimal, of (matrix, layer, d_out, d_in) of each site in order."""
-    rows = [(site.matrix, site.layer, site.d_out, site.d_in) for site in sites]
-    return hashlib.sha256(json.dumps(rows, separators=(",", ":")).encode()).hexdigest()
+    """SHA-256, in hexadecimal, of the rows of sites in order."""
+    return hashlib.sha256(json.dumps(site_rows(sites), separators=(",", ":")).encode()).hexdigest()
+
+
+def site_rows(sites: Iterable[Site]) -> tuple[tuple[str | int, ...], ...]:
+    """What tells sites apart, and their sizes: (matrix, layer, d_out, d_in), and the expert where there are several."""
+    return tuple((site.matrix, site.layer, site.d_out, site.d_in, *site.key[2:]) for site in sites)
 
 
 def _pattern(entry: str) -> re.Pattern[str]:

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from tensorpeft import __version__
 from tensorpeft.checkpoint.files import Saved, check_digest, digest, dtype_name, write
-from tensorpeft.checkpoint.fit import mask_digest, site_rows
+from tensorpeft.checkpoint.fit import mask_digest
 from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.language.text import spec_text
 from tensorpeft.network.network import Block, Network
-from tensorpeft.network.targets import choose
+from tensorpeft.network.targets import choose, site_rows
 from tensorpeft.runtime.factors import initial_tensor
 
 if TYPE_CHECKING:

@@ -6,43 +6,60 @@ In: a spec as read, and the table it was read from. Out: findings. Non-goals: si
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
+from tensorpeft.language import check_factors as factors
+from tensorpeft.language import check_masks as masks
+from tensorpeft.language import check_modes as modes
+from tensorpeft.language import check_sizes as sizes
+from tensorpeft.language import check_training as training
 from tensorpeft.language import check_update as update
-from tensorpeft.language import check_values as values
 from tensorpeft.language.errors import Problem
 from tensorpeft.language.findings import Findings
 from tensorpeft.language.nodes import Table
 from tensorpeft.language.spec import Spec
+from tensorpeft.language.syntax import Update
 
 Check = Callable[[Spec, Table], Iterator[Problem]]
 
-# (check, the key its problems belong to, the keys besides it that must be whole for it to mean anything)
+# (check, the key its problems belong to, the keys that must be whole for it to mean anything)
 _CHECKS: tuple[tuple[Check, str, tuple[str, ...]], ...] = (
-    (update.definitions, "modes", ()),
-    (update.references, "update", ("share",)),
-    (update.known_modes, "update", ("modes", "share")),
-    (update.contracted_bonds, "update", ("modes", "share")),
-    (update.used_bonds, "rank", ("modes", "update", "share")),
-    (update.open_sides, "update", ("modes", "share")),
-    (update.connected, "update", ("modes", "share")),
-    (update.tasks, "tasks", ("update", "share")),
-    (values.rank_expressions, "rank", ("modes",)),
-    (values.part_sizes, "modes", ("rank",)),
-    (values.initialisers, "factors", ("share",)),
-    (values.stored_factors, "factors", ("frozen",)),
-    (values.masks, "mask", ("share", "modes")),
-    (values.scale, "scale", ("alpha", "rank")),
-    (values.used_alpha, "alpha", ("scale", "rank")),
-    (values.patterns, "target", ()),
-    (values.trained, "frozen", ("factors",)),
-    (values.start, "start", ("factors", "frozen")),
+    (modes.definitions, "modes", ()),
+    (modes.references, "update", ("share",)),
+    (modes.known_modes, "update", ("modes", "share")),
+    (modes.used_bonds, "rank", ("modes", "update", "share")),
+    (modes.ragged, "ragged", ("modes", "update", "share")),
+    (update.tasks, "tasks", ("tasks", "update", "share")),
+    (sizes.rank_expressions, "rank", ("modes",)),
+    (sizes.part_sizes, "modes", ("rank",)),
+    (factors.initialisers, "factors", ("share", "modes")),
+    (factors.stored_factors, "factors", ("frozen", "factors")),
+    (masks.masks, "mask", ("share", "modes")),
+    (masks.scores, "scores", ("scores", "mask")),
+    (sizes.scale, "scale", ("alpha", "rank")),
+    (sizes.used_alpha, "alpha", ("alpha", "scale", "rank")),
+    (training.patterns, "target", ()),
+    (training.dropout, "dropout", ("update", "rank")),
+    (factors.trained, "frozen", ("factors", "frozen", "train")),
+    (factors.start, "start", ("start", "factors", "frozen")),
 )
+# of each product by itself, wherever nothing else is wrong with it
+_OF_PRODUCTS = (update.contracted_bonds, update.open_sides, update.connected)
 
 
 def check_spec(spec: Spec, table: Table, findings: Findings) -> None:
     """Add what is wrong with a spec that could be read; what depends on a spoiled key is not judged."""
     for check, key, needed in _CHECKS:
-        if not findings.spoiled & {key, *needed}:
-            problems = list(check(spec, table))
-            if problems:
-                findings.extend(key, problems)
+        if not findings.spoiled & {*needed}:
+            _add(check(spec, table), key, findings)
+    if not findings.spoiled & {"modes", "share"}:
+        whole = tuple(product for product in spec.update.products if not findings.within(product.span))
+        untouched = replace(spec, update=Update(whole))
+        for check in _OF_PRODUCTS:
+            _add(check(untouched, table), "update", findings)
+
+
+def _add(problems: Iterator[Problem], key: str, findings: Findings) -> None:
+    found = list(problems)
+    if found:
+        findings.extend(key, found)

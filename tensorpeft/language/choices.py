@@ -18,17 +18,18 @@ def entries(node: Node | None, key: str, findings: Findings) -> Iterator[tuple[S
     if isinstance(node, Scalar):
         yield EVERYWHERE, node
     elif isinstance(node, Table):
-        earlier: list[Selector] = []
+        earlier: list[_Reach] = []
         for name, text in node.items:
             with findings.under(key):
-                selector = parse_selector(name)
-                for hidden in [other for other in earlier if _covers(selector, other)]:
-                    earlier.remove(hidden)
-                    message = f"`{hidden}` never counts, since `{selector}` fits the same sites and stands after it"
+                reach = _Reach(parse_selector(name))
+                for hidden in [other.selector for other in earlier if reach.covers(other)]:
+                    message = (
+                        f"`{hidden}` never counts, since `{reach.selector}` fits the same sites and stands after it"
+                    )
                     findings.add(key, f"{message}; expected the general entries first", hidden.span)
-                earlier.append(selector)
+                earlier = [other for other in earlier if not reach.covers(other)] + [reach]
                 if isinstance(text, Scalar):
-                    yield selector, text
+                    yield reach.selector, text
 
 
 def expression(node: Node | None, key: str, findings: Findings) -> Expression:
@@ -44,8 +45,16 @@ def expression(node: Node | None, key: str, findings: Findings) -> Expression:
     return Choice(tuple(found), node.span if node else None)
 
 
-def _covers(one: Selector, other: Selector) -> bool:
-    """Whether a selector fits all that another fits, as far as the texts tell."""
-    matrices = not one.matrices or (bool(other.matrices) and {*other.matrices} <= {*one.matrices})
-    layers = one.layers is None or (other.layers is not None and {*other.layers} <= {*one.layers})
-    return matrices and layers
+class _Reach:
+    """What a selector fits, as far as its text tells."""
+
+    def __init__(self, selector: Selector) -> None:
+        self.selector = selector
+        self.matrices = frozenset(selector.matrices)
+        self.layers = None if selector.layers is None else frozenset(selector.layers)
+
+    def covers(self, other: _Reach) -> bool:
+        """Whether it fits all that another fits."""
+        matrices = not self.matrices or (bool(other.matrices) and other.matrices <= self.matrices)
+        layers = self.layers is None or (other.layers is not None and other.layers <= self.layers)
+        return matrices and layers

@@ -7,18 +7,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tensorpeft.language.errors import Problem, SpecError
+from tensorpeft.language.nodes import Path
 from tensorpeft.language.source import Span
 
 
 @dataclass
 class Findings:
-    """The problems of one file, and the top-level keys they spoil.
+    """The problems of one file, the top-level keys they spoil, and the places of the file that cannot be read.
 
     What depends on a spoiled key is not judged, so one mistake gives one message.
     """
 
     problems: list[Problem] = field(default_factory=list)
     spoiled: set[str] = field(default_factory=set)
+    unreadable: set[Path] = field(default_factory=set)
 
     def add(self, key: str, message: str, span: Span | None) -> None:
         """One problem, under a top-level key."""
@@ -37,10 +39,19 @@ class Findings:
         except SpecError as error:
             self.extend(key, error.problems)
 
+    def within(self, span: Span | None) -> bool:
+        """Whether something is wrong inside a stretch of text."""
+        places = (problem.span for problem in self.problems)
+        return any(_inside(place, span) for place in places if place and span)
+
     def settle(self) -> None:
         """Raise whatever was found, in the order of the text."""
         if self.problems:
             raise SpecError(sorted(self.problems, key=_place))
+
+
+def _inside(place: Span, span: Span) -> bool:
+    return place.source is span.source and span.start <= place.start < span.end
 
 
 def _place(problem: Problem) -> tuple[str, int]:

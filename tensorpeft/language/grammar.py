@@ -30,6 +30,7 @@ from tensorpeft.language.syntax import (
 )
 from tensorpeft.language.words import DECOMPOSITIONS
 
+MAX_NAME = 64  # characters, of a factor or a mode
 MAX_LAYER = 65535
 MAX_LAYERS = 1024  # that one selector names
 
@@ -46,7 +47,16 @@ def parse_update(text: Scalar) -> Update:
         else:
             references = tuple(_reference(node, text) for node in child.children)
             products.append(Product(references, sign, span=_span(child, text)))
-    return Update(tuple(products), text.span)
+    return checked_update(Update(tuple(products), text.span))
+
+
+def checked_update(update: Update, noun: str = "update") -> Update:
+    """An update, if its text is not too long to be read again."""
+    length = max((len(str(entry)) for entry in update.entries.values()), default=0)
+    if length > parsing.MAX_UPDATE:
+        message = f"{length} characters are too many for one {noun}; at most {parsing.MAX_UPDATE}"
+        raise fail(message, update.span)
+    return update
 
 
 def parse_reference(text: Scalar) -> Reference:
@@ -102,6 +112,9 @@ def _token_span(token: lark.Token, text: Scalar) -> Span:
 
 def _reference(tree: Tree, text: Scalar) -> Reference:
     factor, *modes = tree.children
+    for name in tree.children:
+        if len(name) > MAX_NAME:
+            raise fail(f"a name of {len(name)} characters; at most {MAX_NAME}", _token_span(name, text))
     return Reference(str(factor), tuple(map(str, modes)), _span(tree, text))
 
 

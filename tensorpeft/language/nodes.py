@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -106,6 +106,11 @@ class Table:
             return self._entries[key][0].span
         return self.items[0][0].span if self.items else self.span
 
+    def place(self, key: str, name: str) -> Span:
+        """Where a name of the mapping under a key is written; the value's place where it is no mapping."""
+        node = self.get(key)
+        return node.where(name) if isinstance(node, Table) else node.span if node else self.where(key)
+
     def put(self, key: Scalar, value: Node) -> Table:
         """This table with one entry replaced in its place, or added at the end."""
         if key.text not in self:
@@ -118,6 +123,27 @@ class Table:
 
 
 Node = Scalar | List | Table
+Path = tuple[str | int, ...]  # keys and places in lists, from the root
+
+
+def pruned(table: Table, paths: Iterable[Path]) -> Table:
+    """The table without what stands at these places."""
+    under: dict[str, list[Path]] = {}
+    for first, *rest in filter(None, paths):
+        under.setdefault(str(first), []).append(tuple(rest))
+    kept = ((key, _without(value, under.get(key.text, []))) for key, value in table.items)
+    return Table(tuple((key, value) for key, value in kept if value is not None), table.span)
+
+
+def _without(node: Node, paths: list[Path]) -> Node | None:
+    if () in paths:
+        return None
+    if isinstance(node, Table) and paths:
+        return pruned(node, paths)
+    if isinstance(node, List) and paths:
+        gone = {path[0] for path in paths}
+        return List(tuple(item for place, item in enumerate(node.items) if place not in gone), node.span)
+    return node
 
 
 def literal(text: str, name: str = "<text>") -> Scalar:

@@ -13,7 +13,7 @@ from tensorpeft.language.document import MAX_DEPTH, parse_value
 from tensorpeft.language.errors import clip, fail
 from tensorpeft.language.nodes import List, Node, Scalar, Table
 from tensorpeft.language.source import Source, Span
-from tensorpeft.language.words import BUDGET
+from tensorpeft.language.words import BUDGET, INPUT
 
 _IN_TARGET = ("matrices", "exclude", "layers")  # keys of `target:` that may be given by themselves
 
@@ -48,8 +48,9 @@ def from_value(key: str, value: object) -> Override:
 def apply_overrides(table: Table, overrides: Iterable[Override]) -> Table:
     """The table with every override put in its place, in order.
 
-    A mapping extends a mapping; anything else replaces what was there. A rank without a bond's name sizes the bond
-    ``r`` of a spec that has several, or all of them where none is called so; a budget takes the place of these sizes.
+    A mapping extends a mapping, or a value that is for every site; anything else replaces what was there. A rank without a
+    bond's name sizes the bond ``r`` of a spec that has several, or all of them where none is called so; a budget takes the
+    place of these sizes.
     """
     for override in overrides:
         path, value = override.path, override.value
@@ -57,7 +58,7 @@ def apply_overrides(table: Table, overrides: Iterable[Override]) -> Table:
             path, table, value = _in_target(path, table, value)
         elif path[0].text == "rank":
             table, value = _in_rank(path, table, value)
-        table = _put(table, path, value)
+        table = _put(table, path, value, ())
     return table
 
 
@@ -94,19 +95,35 @@ def _in_rank(path: tuple[Scalar, ...], table: Table, value: Node) -> tuple[Table
     return table, Table(sizes, present.span) if sizes else value
 
 
-def _put(table: Table, path: tuple[Scalar, ...], value: Node) -> Table:
+def _put(table: Table, path: tuple[Scalar, ...], value: Node, above: tuple[str, ...]) -> Table:
+    """The table, which stands under the keys ``above``, with a value at a path inside it."""
     key, *rest = path
+    here = (*above, key.text)
     present = table.get(key.text)
+    single = _single(here)
+    if single and isinstance(present, Scalar) and (rest or isinstance(value, Table)):
+        present = Table(((_key(single, present.span), present),), present.span)
     if rest:
         inner = present if isinstance(present, Table) else Table((), key.span)
-        return table.put(key, _put(inner, tuple(rest), value))
+        return table.put(key, _put(inner, tuple(rest), value, here))
     if _is_empty(value):
         return table.drop(key.text)
     if isinstance(present, Table) and isinstance(value, Table):
         for inner_key, inner_value in value.items:
-            present = _put(present, (inner_key,), inner_value)
+            present = _put(present, (inner_key,), inner_value, here)
         return table.put(key, present)
     return table.put(key, value)
+
+
+def _single(keys: tuple[str, ...]) -> str | None:
+    """What a value by itself stands for, where a mapping can stand in its place."""
+    match keys:
+        case ("dropout",):
+            return INPUT
+        case ("update" | "scale" | "ragged",) | ("rank" | "mask" | "heads", _):
+            return "*"
+        case _:
+            return None
 
 
 def _is_empty(node: Node) -> bool:

@@ -19,6 +19,7 @@ from tensorpeft.language.nodes import Scalar
 
 MAX_DIGITS = 20
 MAX_NESTING = 16
+MAX_UPDATE = 8192  # characters of an update as it is printed
 MAX_OPERATORS = 64  # in arithmetic, where they nest
 
 Tree = Any  # lark.Tree, whose children mypy cannot tell apart
@@ -35,7 +36,7 @@ class Language:
     nests: bool = True  # operators nest, so their number is bounded as well
 
 
-UPDATE = Language("update", "update", "update", 8192, nests=False)
+UPDATE = Language("update", "update", "update", 2 * MAX_UPDATE, nests=False)
 REFERENCE = Language("update", "reference", "factor with its modes", 256)
 DEFINITION = Language("modes", "definition", "mode", 512)
 INIT = Language("call", "init", "initialiser", 2048)

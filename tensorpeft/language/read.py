@@ -1,7 +1,7 @@
 """Node tree -> Spec, each key read by its own function.
 
-A key whose node does not fit the schema, or whose text does not parse, is spoiled: it reads as if it were absent, and
-nothing that depends on it is judged.
+What does not fit the schema, or does not parse, reads as if it were absent; its key is spoiled, and nothing that depends on
+it is judged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from tensorpeft.language.factors import read_factors, read_masks
 from tensorpeft.language.findings import Findings
 from tensorpeft.language.form import read_form
-from tensorpeft.language.nodes import Node, Plain, Scalar, Table
+from tensorpeft.language.nodes import Node, Plain, Scalar, Table, pruned
 from tensorpeft.language.sizes import read_scale, read_sizes
 from tensorpeft.language.source import Source, Span
 from tensorpeft.language.spec import Heads, Spec, Target
@@ -22,7 +22,7 @@ _DEFAULT_NAME = "adapter"
 
 def read_spec(table: Table, source: Source, findings: Findings) -> Spec | None:
     """The spec that a table says, or None where its update cannot be told."""
-    whole = Table(tuple((key, node) for key, node in table.items if key.text not in findings.spoiled), table.span)
+    whole = pruned(table, findings.unreadable)
     form = read_form(whole, findings)
     scale = read_scale(whole, form, findings)
     target, masks = _target(whole, findings), tuple(read_masks(whole, form, findings))
@@ -30,7 +30,7 @@ def read_spec(table: Table, source: Source, findings: Findings) -> Spec | None:
         return None
     alpha, tasks = _value(whole, "alpha"), _value(whole, "tasks")
     extras = _train(whole, findings)
-    sizes = read_sizes(whole if "rank" not in findings.spoiled else table, form, findings)
+    sizes = read_sizes(whole, table, form, findings)
     return Spec(
         name=str(_value(whole, "name") or _DEFAULT_NAME),
         target=target,

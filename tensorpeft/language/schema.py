@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -28,6 +28,7 @@ def validate(table: Table, findings: Findings) -> None:
     for error in _validator().iter_errors(table.plain()):
         path = list(error.absolute_path)
         node = _descend(table, path)
+        findings.unreadable.update(_unreadable(error, path))
         if isinstance(node, Table) and error.validator == "additionalProperties":
             _unknown_keys(node, path, error.schema, findings)
         elif isinstance(node, Table) and error.validator == "required":
@@ -38,6 +39,16 @@ def validate(table: Table, findings: Findings) -> None:
         else:
             message = f"{_subject(path)} is {_found(node)}; expected {error.schema['description']}"
             findings.add(str(path[0]), message, node.span)
+
+
+def _unreadable(error: Any, path: list[str | int]) -> Iterator[tuple[str | int, ...]]:
+    """The places that a complaint is about: keys that are too many or no names, or the value itself."""
+    if error.validator == "additionalProperties":
+        yield from ((*path, key) for key in error.instance if key not in error.schema["properties"])
+    elif "propertyNames" in error.schema_path:
+        yield (*path, error.instance)
+    elif error.validator != "required":
+        yield tuple(path)
 
 
 def _descend(node: Node, path: list[str | int]) -> Node:
@@ -57,7 +68,7 @@ def _nearest_keys(node: Table, known: Iterable[str]) -> dict[str, str | None]:
 def _unknown_keys(node: Table, path: list[str | int], schema: dict[str, Any], findings: Findings) -> None:
     known = schema["properties"]
     for key, meant in _nearest_keys(node, known).items():
-        hint = did_you_mean(key, known) or f"; expected one of {listing(known, 20)}"
+        hint = did_you_mean(key, known) or f"; expected one of {listing(known, 30)}"
         findings.add(
             str(path[0]) if path else meant or key, f"unknown key `{clip(key)}`{_inside(path)}{hint}", node.where(key)
         )

@@ -10,8 +10,8 @@ from tensorpeft.language.choices import expression
 from tensorpeft.language.errors import fail
 from tensorpeft.language.findings import Findings
 from tensorpeft.language.form import Form
+from tensorpeft.language.names import side_parts
 from tensorpeft.language.nodes import Scalar, Table
-from tensorpeft.language.spec import SIDES
 from tensorpeft.language.syntax import Expression, Name, Number, Operation
 from tensorpeft.language.words import BUDGET, BUILT_IN_MODES
 
@@ -28,24 +28,29 @@ class Sizes:
     free: tuple[str, ...] = ()
 
 
-def read_sizes(table: Table, form: Form, findings: Findings) -> Sizes:
-    """What ``rank:`` says; some size for each bond where that cannot be told, so that the bonds at least are known."""
-    given = table.table("rank")
-    if "rank" in findings.spoiled:
-        named = dict.fromkeys((*given, *form.bonds)) if given.items else _names(form)
-        defined = _defined(form)
-        return Sizes(tuple((bond, Number(1)) for bond in named if bond not in defined))
-    ranks = tuple(_ranks(table, form, findings))
-    said = given.scalar(BUDGET)
+def read_sizes(table: Table, written: Table, form: Form, findings: Findings) -> Sizes:
+    """What ``rank:`` says in a table; ``written`` is the table with what cannot be read.
+
+    A bond whose size cannot be told gets some size, so that it is known at least.
+    """
+    spoiled = "rank" in findings.spoiled
+    ranks = dict(_ranks(table, form, findings))
+    known = {*_defined(form), *ranks}
+    if spoiled:
+        given = written.table("rank")
+        meant = None if BUDGET in given or not given.items else {*given, *form.bonds}
+        unread = [name for name in _names(form) if name not in known and (meant is None or name in meant)]
+        return Sizes((*ranks.items(), *((bond, Number(1)) for bond in unread)))
+    said = table.table("rank").scalar(BUDGET)
     if said is None:
-        return Sizes(ranks)
-    budget, known = 1, {*_defined(form), *dict(ranks)}
+        return Sizes(tuple(ranks.items()))
+    budget = 1
     with findings.under("rank"):
         budget = _budget(said)
     free = tuple(name for name in _names(form) if name not in known)
     if not free:
         findings.add("rank", "`budget` has nothing to size; expected a bond without a size of its own", said.span)
-    return Sizes(ranks, budget, free)
+    return Sizes(tuple(ranks.items()), budget, free)
 
 
 def _ranks(table: Table, form: Form, findings: Findings) -> Iterator[tuple[str, Expression]]:
@@ -61,14 +66,12 @@ def _ranks(table: Table, form: Form, findings: Findings) -> Iterator[tuple[str, 
 def _names(form: Form) -> Iterable[str]:
     """Every mode that a factor carries or that is fused with others, in order."""
     carried = [mode for product in form.update.products for factor in product.factors for mode in factor.modes]
-    fused = [part.name for mode in form.definitions if mode.name not in SIDES for part in mode.parts]
-    return dict.fromkeys((*carried, *fused))
+    return dict.fromkeys((*carried, *(part.name for mode in form.definitions for part in mode.parts)))
 
 
 def _defined(form: Form) -> set[str]:
     """The modes that are no bonds."""
-    parts = {part.name for mode in form.definitions if mode.name in SIDES for part in mode.parts}
-    return {*BUILT_IN_MODES, *(mode.name for mode in form.definitions), *parts}
+    return {*BUILT_IN_MODES, *(mode.name for mode in form.definitions), *side_parts(form.definitions)}
 
 
 def _budget(said: Scalar) -> int:

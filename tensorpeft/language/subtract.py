@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tensorpeft.language.errors import clip, fail
+from tensorpeft.language.grammar import MAX_NAME, checked_update
 from tensorpeft.language.spec import FactorRule, Spec
 from tensorpeft.language.start import nonzero_products, origin
 from tensorpeft.language.syntax import Call, Name, Product, Spectral, Update
@@ -18,8 +20,11 @@ def subtract(spec: Spec) -> Spec:
     if spec.start != "subtract":
         return spec
     rules = dict(spec.factors)
-    copies = {name: _new_name(name, rules) for name, rule in spec.factors if not rule.frozen}
-    rules |= {copy: _copy(name, spec) for name, copy in copies.items()}
+    copies: dict[str, str] = {}
+    for name, rule in spec.factors:
+        if not rule.frozen:
+            copies[name] = _new_name(name, rules)
+            rules[copies[name]] = _copy(name, spec)
     moving = nonzero_products(spec)
     products: dict[object, list[Product]] = {product.at: [] for product in spec.update.products}
     for product in spec.update.products:
@@ -27,7 +32,8 @@ def subtract(spec: Spec) -> Spec:
     for product in moving:
         references = (replace(ref, factor=copies.get(ref.factor, ref.factor)) for ref in product.factors)
         products[product.at].append(replace(product, factors=tuple(references), sign=-product.sign))
-    update = Update(tuple(product for group in products.values() for product in group), spec.update.span)
+    written = Update(tuple(product for group in products.values() for product in group), spec.update.span)
+    update = checked_update(written, "update with what `start: subtract` adds")
     carried = dict.fromkeys(reference.factor for product in update.products for reference in product.factors)
     factors = tuple((name, rules[name]) for name in carried if name in rules)
     return replace(spec, update=update, factors=factors, start="zero")
@@ -35,7 +41,12 @@ def subtract(spec: Spec) -> Spec:
 
 def _new_name(name: str, taken: dict[str, FactorRule]) -> str:
     copy = f"{name}0"
-    return _new_name(copy, taken) if copy in taken else copy
+    while copy in taken:
+        copy += "0"
+    if len(copy) > MAX_NAME:
+        message = f"`{clip(copy)}`, the frozen copy of `{clip(name)}`, has a name of more than {MAX_NAME} characters"
+        raise fail(f"{message}; expected a shorter name for the factor", taken[name].span)
+    return copy
 
 
 def _copy(name: str, spec: Spec) -> FactorRule:

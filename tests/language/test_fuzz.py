@@ -22,6 +22,35 @@ from tensorpeft.language.text import spec_text
 N_EXAMPLES = 10_000
 SPECS = [path.read_text(encoding="utf-8") for path in method_paths().values()]
 SPECS += [spec_text(load_spec(name)) for name in method_paths()]
+HEAD = "tensorpeft: 1\ntarget: {matrices: [query, value]}\n"
+SPECS += [
+    HEAD
+    + """update:
+  "*": B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in]
+  key, value layers 0-3, 7: W[d_out, d_in] * u[matrix, layer, d_out] - C[layer, d_out, m] * W[m, d_in]
+rank: {r: {"*": 8, value: 4, layers 0-5: d_in / 8}, m: d_in}
+factors:
+  B: {init: 'svd(W).U[:r] * S ** (1 / 2)', lr: 16}
+  A: {init: 'svd(W).V[-r:]', frozen: true}
+  u: {init: ones}
+  C: {init: 'formula(equal(d_out, mod(m, size(m))) * cos(pi * m))'}
+start: subtract
+scale: {"*": 2, down: sqrt(r)}
+ragged: {d_out: group, "*": slice}
+""",
+    HEAD
+    + """modes: [d_in = i1 * i2, i2 = j1(4) * j2, s = i1 * t]
+rank: {t: 2, budget: 20k}
+update: G[matrix, layer, d_out, p] * H[s, p, q] * K[q, i2, t] + D[matrix, layer, d_out, d_in]
+factors: {G: {init: zeros}, D: {init: zeros}, H: {init: orthogonal}, K: {init: normal(1 / sqrt(d_in + t))}}
+mask:
+  D[d_out, d_in]: {"*": top(0.01), query: sample(1000)}
+  H[p, q]: where(less(p, q))
+scores: scores.npz
+dropout: {x: 0.1, p: 0.05}
+train: [biases, norms, "classifier.*"]
+""",
+]
 TOKEN = re.compile(r"\w+|\s+|[^\w\s]")
 
 WORDS = sorted({word for text in SPECS for word in re.findall(r"[\w.]+", text)})
@@ -45,7 +74,13 @@ NASTY = [
     "rank: {r: n * 2, n: r}", "rank: 2 ** 2 ** 2 ** 99", "scale: (-1) ** 0.5", "scale: 10 ** 400", "alpha: 1e308",
     "W[d_out, d_in]", "sqrt(-1)", "min(1)", "a" * 70, "svd(W).U[:r]",
     "kaiming_uniform(a=1, a=2)", "keep(0)", "heads: {side: d_in, count: 3}",
-    "tasks: 3", "task, ", "start: nonzero", "ragged: error", "expert", "seed: 18446744073709551616",
+    "start: subtract", "start(B)", "formula(r)", "formula(", "qr(W).Q[:r]", "svd(W).S[-r:] * S", "layers 0-3", "layers 9-1",
+    "layers 0-65535",
+    "{query: 4}", "{'*': 4, '*': 5}", "rank: {budget: 20k}", "budget: 1G", "scores: a.npz", "where(r)", "top(3)",
+    "update: {query: B[d_out]}",
+    "dropout: {x: 0.5}", "train: [head]", "lr: 2", "pi", "size(r)", "gcd(0, 0)", "mod(r, 0)", "exp(10 ** 5)", "identity",
+    "orthogonal", "W[m, n]",
+    "i2 = j1 * j2", "a = b * a", "tasks: 3", "task, ", "start: nonzero", "ragged: error", "expert", "seed: 18446744073709551616",
 ]  # fmt: skip
 
 
@@ -131,7 +166,6 @@ def test_mutated_specs(text: str, mutations: list) -> None:
     check(text + "\n")
 
 
-HEAD = "tensorpeft: 1\ntarget: {matrices: [query]}\n"
 SHORT = HEAD + "structure: matrix\nrank: 4\n"
 BOMBS = {
     "aliases": "a0: &a0 [x]\n" + "".join(f"a{i + 1}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(60)),
@@ -144,6 +178,21 @@ BOMBS = {
     "unknown factors": SHORT + "factors:\n" + "".join(f"  k{i}: {{init: zeros}}\n" for i in range(500)),
     "duplicate keys": "a: 1\n" * 1000,
     "unparsable masks": SHORT + "mask:\n" + "".join(f"  B[k{i}: keep(2)\n" for i in range(1000)),
+    "many layers": SHORT.replace("4", "")
+    + "scale:\n"
+    + "".join(f"  query{i} layers {i}-{i + 1023}: 2\n" for i in range(250)),
+    "hidden selectors": SHORT + "scale:\n" + "".join(f"  layers {i}: 2\n" for i in reversed(range(250))) + "  '*': 1\n",
+    "chain of starts": HEAD
+    + "update: "
+    + "+".join(f"A{i}[r]" for i in range(600))
+    + "\nfactors:\n"
+    + "".join(f"  A{i}: {{init: start(A{i + 1})}}\n" for i in range(600)),
+    "chain of zeros": HEAD
+    + "update: A0[d_out]*B[d_in]+"
+    + "+".join(f"A{i}[d_out]*A{i + 1}[d_in]" for i in range(300))
+    + "\nfactors:\n"
+    + "".join(f"  A{i}: {{init: zeros}}\n" for i in range(301)),
+    "nested modes": SHORT + "modes: [" + ", ".join(f"m{i} = m{i + 1} * m{i + 1}" for i in range(60)) + "]\n",
     "chain of ranks": HEAD
     + "update: B[d_out, k0] * A[k0, d_in]\nrank:\n"
     + "".join(f"  k{i}: k{i + 1}\n" for i in range(990)),

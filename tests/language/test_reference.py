@@ -7,7 +7,18 @@ import re
 
 from tensorpeft.language.catalogue import grammar_path
 from tensorpeft.language.load import load_spec
-from tensorpeft.language.words import ARITY, BUILT_IN_MODES, INITIALISERS, MASK_RULES, MODEL_SIZES
+from tensorpeft.language.syntax import CONSTANTS
+from tensorpeft.language.words import (
+    ARITY,
+    BUDGET,
+    BUILT_IN_MODES,
+    DECOMPOSITIONS,
+    INITIALISERS,
+    INPUT,
+    MASK_RULES,
+    MODEL_SIZES,
+    TRAINABLE,
+)
 
 REFERENCE = grammar_path("README.md").read_text(encoding="utf-8")
 
@@ -17,9 +28,15 @@ def test_every_word_is_explained() -> None:
     code = " ".join(re.findall(r"`([^`]+)`", REFERENCE.replace("```", "")))
     words = set(re.findall(r"\w+", code))
     expected = {*schema["properties"], *INITIALISERS, *MASK_RULES, *ARITY, *MODEL_SIZES, *BUILT_IN_MODES}
+    expected |= {*DECOMPOSITIONS, *CONSTANTS, *TRAINABLE, INPUT, BUDGET, "size"}
+    expected |= {
+        *schema["properties"]["start"]["enum"],
+        *schema["properties"]["ragged"]["additionalProperties"]["enum"],
+    }
     assert expected - words == set()
 
 
-def test_its_example_is_lora() -> None:
-    (example,) = re.findall(r"```yaml\n(.*?)```", REFERENCE, re.DOTALL)
-    assert load_spec(example) == load_spec("lora")
+def test_its_examples_load() -> None:
+    whole, part = re.findall(r"```yaml\n(.*?)```", REFERENCE, re.DOTALL)
+    assert load_spec(whole) == load_spec("lora")
+    assert len(load_spec(f"tensorpeft: 1\ntarget: all-linear\n{part}").update.entries) == 2

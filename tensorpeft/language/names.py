@@ -1,0 +1,74 @@
+"""What the names in a spec are: its bonds, its modes and their parts, the factors that carry them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
+from tensorpeft.language.syntax import Definition, Reference
+from tensorpeft.language.words import BUILT_IN_MODES, TASK_MODE
+
+
+def bonds(spec: Spec) -> tuple[str, ...]:
+    """Those with a size, and those that a budget sizes."""
+    return (*dict(spec.ranks), *spec.free)
+
+
+def references(spec: Spec) -> Iterator[Reference]:
+    """Every mention of a factor, in order."""
+    return (reference for product in spec.update.products for reference in product.factors)
+
+
+def first_modes(spec: Spec) -> dict[str, tuple[str, ...]]:
+    """Every factor's modes, as its first mention names them."""
+    found: dict[str, tuple[str, ...]] = {}
+    for reference in references(spec):
+        found.setdefault(reference.factor, reference.modes)
+    return found
+
+
+def inside(definitions: Iterable[Definition], modes: Iterable[str]) -> set[str]:
+    """These modes, the parts of those that are defined, the parts of these, and so on."""
+    parts: dict[str, list[str]] = {}
+    for definition in definitions:
+        parts.setdefault(definition.name, [part.name for part in definition.parts])
+    found: set[str] = set()
+    ahead = [*modes]
+    while ahead:
+        mode = ahead.pop()
+        if mode not in found:
+            found.add(mode)
+            ahead += parts.get(mode, ())
+    return found
+
+
+def side_parts(definitions: Sequence[Definition]) -> set[str]:
+    """The parts of the sides that are split, and the parts of these."""
+    return inside(definitions, SIDES) - {*SIDES}
+
+
+def known_modes(spec: Spec) -> set[str]:
+    """Every mode that has a meaning."""
+    return {*BUILT_IN_MODES, *bonds(spec), *(definition.name for definition in spec.modes), *side_parts(spec.modes)}
+
+
+def atoms(spec: Spec, modes: Iterable[str]) -> frozenset[str]:
+    """What these modes come down to: a defined one to its parts, the others to themselves."""
+    return frozenset(inside(spec.modes, modes) - {definition.name for definition in spec.modes})
+
+
+def made_of(spec: Spec, mode: str) -> set[str]:
+    """Every mode that a mode can be written by: itself, its parts, and what these are fused to."""
+    mine = inside(spec.modes, (mode,))
+    return mine | {definition.name for definition in spec.modes if atoms(spec, (definition.name,)) <= mine}
+
+
+def carried(spec: Spec) -> set[str]:
+    """Every mode that a factor carries, and what those that are defined come down to."""
+    modes = {mode for reference in references(spec) for mode in reference.modes}
+    return modes | atoms(spec, modes)
+
+
+def is_bound(spec: Spec, mode: str) -> bool:
+    """Whether a mode is bound to sites or to rows of a batch, or has a part that is."""
+    return bool(atoms(spec, (mode,)) & {*SITE_MODES, TASK_MODE})

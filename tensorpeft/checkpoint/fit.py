@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from hashlib import sha256
+from math import prod
 
 from tensorpeft.checkpoint.header import Header, SiteRow
 from tensorpeft.language.errors import CheckpointError, listing
 from tensorpeft.network.network import Block, Network
 from tensorpeft.network.shapes import Site
 from tensorpeft.network.targets import fingerprint, site_rows
+
+
+def stored_name(path: str) -> str:
+    """Under which name a file has a parameter of the base: one that no factor can have."""
+    return f"base.{path}"
 
 
 def mask_digest(block: Block) -> str | None:
@@ -40,9 +46,13 @@ def check_factors(header: Header, network: Network) -> None:
         CheckpointError: the names, a shape or a mask differ, or one is not stored that no seed gives.
     """
     blocks = {block.name: block for block in network.blocks}
-    if blocks.keys() != header.factors.keys():
-        expected = f"expected {listing(sorted(blocks))} for this model"
+    extras = {stored_name(extra.path): extra for extra in network.extras}
+    if blocks.keys() | extras.keys() != header.factors.keys():
+        expected = f"expected {listing(sorted((*blocks, *extras)))} for this model"
         raise CheckpointError(f"it has the factors {listing(header.factors)}, {expected}")
+    for name, extra in extras.items():
+        if (found := prod(header.factors[name].shape)) != extra.count:
+            raise CheckpointError(f"`{name}` has {found:,} numbers, expected {extra.count:,} for this model")
     for name, block in blocks.items():
         saved = header.factors[name]
         if saved.shape != block.shape:

@@ -22,7 +22,7 @@ SiteRow = tuple[str | int, ...]  # matrix, layer, d_out, d_in, and the expert if
 
 @dataclass(frozen=True)
 class SavedFactor:
-    """One tensor of a factor, as it was when it was saved."""
+    """One tensor of a factor, or one trained parameter of the base, as it was when it was saved."""
 
     dtype: str  # a key of DTYPES
     shape: tuple[int, ...]
@@ -38,7 +38,7 @@ class Header:
     spec: str  # canonical YAML text
     model: str  # name of the base that it was saved from; said in errors, never looked up
     sites: tuple[SiteRow, ...]  # of that base, in the order of the factors' site axes
-    factors: dict[str, SavedFactor]
+    factors: dict[str, SavedFactor]  # and parameters of the base, under ``base.<path>``
     library: str  # version that wrote the file
 
     @property
@@ -162,7 +162,10 @@ _SCHEMA = _closed(
         "type": "object",
         "additionalProperties": _FACTOR,
         "minProperties": 1,
-        "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]*$", "description": "names of factors"},
+        "propertyNames": {
+            "pattern": r"^([A-Za-z_][A-Za-z0-9_]*|base\..+)$",
+            "description": "names of factors, or `base.` and the path of a parameter",
+        },
         "description": "a mapping from factors to what is known of them",
     },
     sha256=_DIGEST,

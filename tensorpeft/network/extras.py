@@ -71,8 +71,6 @@ def _nothing(entry: str, model: ModelShape, holders: set[str]) -> str:
 
 
 def _endings(parameters: Sequence[Parameter]) -> set[str]:
-    """The last names of all paths, and the last two: what people call parameters by."""
+    """What people call parameters by: the last names of their paths and of their modules' paths, one or two or three of them."""
     parts = [parameter.path.split(".") for parameter in parameters]
-    return {".".join(path[at:]) for path in parts for at in (-1, -2) if len(path) >= -at} | {
-        p for path in parts for p in path
-    }
+    return {".".join(path[-n:]) for whole in parts for path in (whole, whole[:-1]) for n in (1, 2, 3) if path}

@@ -18,6 +18,7 @@ from tensorpeft.network.shapes import Site
 from tensorpeft.planning.plan import Plan
 from tensorpeft.runtime import merging, prologue, saving
 from tensorpeft.runtime.emit import emit
+from tensorpeft.runtime.extras import Extras
 from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.hooks import Attachment
 from tensorpeft.runtime.weights import base_weight
@@ -37,6 +38,7 @@ class Adapter(nn.Module):
         self.name = name
         self.plan = plan
         self.factors = Factors(plan.network, dtype, device)
+        self.extras = Extras(extra.path for extra in plan.network.extras)
         self.attachment: Attachment | None = None
         self._enabled = True
         self._ids: Tensor | None = None
@@ -86,7 +88,8 @@ class Adapter(nn.Module):
             self.unmerge()
         self._enabled = False
         try:
-            yield
+            with self.extras.swapped():
+                yield
         finally:
             self._enabled = before
             if merged is not None:
@@ -143,7 +146,7 @@ class Adapter(nn.Module):
     def detach(self, *, keep_merged: bool = False) -> None:
         """Take the adapter off the model, which is then bit for bit what it was before ``attach``.
 
-        With ``keep_merged`` the base weights keep a merged update.
+        With ``keep_merged`` the base weights keep a merged update, and what was trained of the base keeps its values.
 
         Raises:
             AdapterError: it is not attached, or ``keep_merged`` without a merge.
@@ -155,7 +158,7 @@ class Adapter(nn.Module):
         if self._merged is not None and not keep_merged:
             self.unmerge()
         self._merged = None
-        self.attachment.remove()
+        self.attachment.remove(keep_merged=keep_merged)
         self.attachment = None
 
     def save(self, folder: str | PathLike[str]) -> Path:
@@ -170,9 +173,10 @@ class Adapter(nn.Module):
         return saving.save(self, folder)
 
     def reset_parameters(self) -> None:
-        """Set every factor to its initial values, which the spec's seed determines."""
+        """Set every factor to its initial values, which the spec's seed determines, and what it trains of the base to its own."""
         for block in self.network.blocks:
             self.factors.fill(block, self.spec.seed)
+        self.extras.reset_parameters()
         self.forget()
 
     # What the model and its hooks call

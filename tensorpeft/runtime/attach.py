@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from tensorpeft.checkpoint.fit import stored_name
 from tensorpeft.language.errors import AdapterError
+from tensorpeft.network.network import Network
 from tensorpeft.planning.plan import Plan
 from tensorpeft.runtime.adapter import Adapter
 from tensorpeft.runtime.hooks import PREFIX, Attachment
@@ -20,7 +23,8 @@ def attach_plan(
     """Build the adapter of a plan and attach it: all of it, or on an error nothing.
 
     The factors live on the device of the base's weights, in their dtype, or in float32 where theirs has fewer bits or they
-    are quantised. Where ``values`` are given, one for each block, the factors are those, in the dtype of those.
+    are quantised. Where ``values`` are given, one for each block and for each parameter of the base that is trained, they start
+    from those, the factors in their dtype.
 
     Raises:
         AdapterError: the model has something of that name already, the name is no identifier, or ``values`` are given
@@ -35,12 +39,22 @@ def attach_plan(
     for site in plan.network.sites:
         if site.kind != "linear":
             raise AdapterError(f"{site} is no linear module, and an update of a {site.kind} is not supported yet")
-    weight: Any = model.get_submodule(plan.network.sites[0].module).weight
+    weight = _first_weight(model, plan.network)
     floating = weight.is_floating_point() and weight.dtype.itemsize >= 4
     adapter = Adapter(plan, name, weight.dtype if floating else torch.float32, weight.device)
     if values is not None:
-        adapter.factors.put(values)
+        adapter.factors.put({block.name: values[block.name] for block in plan.network.blocks})
     adapter.attachment = Attachment(model, adapter)
     adapter.train(model.training)
-    adapter.attachment.install()
+    stored = {extra.path: stored_name(extra.path) for extra in plan.network.extras}
+    adapter.attachment.install({path: values[name] for path, name in stored.items()} if values is not None else {})
     return adapter
+
+
+def _first_weight(model: nn.Module, network: Network) -> Tensor:
+    """The weight of the first site, or where there is none, the first parameter that is trained of the base."""
+    if not network.sites:
+        return model.get_parameter(network.extras[0].path)
+    site = network.sites[0]
+    weight: Any = attrgetter(site.parameter or "weight")(model.get_submodule(site.module))
+    return weight

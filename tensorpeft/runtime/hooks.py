@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from tensorpeft.language.errors import AdapterError
 
 if TYPE_CHECKING:
     from tensorpeft.runtime.adapter import Adapter
@@ -48,9 +50,14 @@ class Attachment:
         self.handles: list[RemovableHandle] = []
         self.frozen: list[nn.Parameter] = []
 
-    def install(self) -> None:
-        """Hook every site, add the adapter as a submodule, freeze the base. An error on the way takes all of it back."""
+    def install(self, values: Mapping[str, Tensor]) -> None:
+        """Hook every site, add the adapter as a submodule, freeze the base but for what is trained of it.
+
+        ``values`` are what the latter starts from, where it is not what it is. An error on the way takes all of it back.
+        """
         try:
+            self._refuse_shared()
+            self.adapter.extras.attach(self.model, values)
             modules = dict(self.model.named_modules())
             numbers: dict[str, list[int]] = {}
             for number, site in enumerate(self.adapter.sites):
@@ -68,14 +75,26 @@ class Attachment:
             self.remove()
             raise
 
-    def remove(self) -> None:
+    def _refuse_shared(self) -> None:
+        for other in adapters(self.model):
+            for path in self.adapter.extras.paths:
+                if path in other.extras.paths:
+                    raise AdapterError(f"`{path}` is trained by adapter `{other.name}` already; detach that one first")
+
+    def remove(self, *, keep_merged: bool = False) -> None:
         """Take everything back. What was frozen thaws, unless another adapter is still attached, which then keeps it."""
+        own = list(self.adapter.extras.parameters())
+        self.adapter.extras.detach(keep=keep_merged)
+        own = [parameter for parameter in own if parameter.requires_grad]
+        self.frozen += own
         for handle in self.handles:
             handle.remove()
         self.model._modules.pop(PREFIX + self.adapter.name, None)
         others = [other.attachment for other in adapters(self.model) if other.attachment is not None]
         if others:
             others[0].frozen += self.frozen
+            for parameter in own:
+                parameter.requires_grad_(False)
         else:
             for parameter in self.frozen:
                 parameter.requires_grad_(True)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tensorpeft import __version__
 from tensorpeft.checkpoint.files import Saved, check_digest, digest, dtype_name, write
-from tensorpeft.checkpoint.fit import mask_digest
+from tensorpeft.checkpoint.fit import mask_digest, stored_name
 from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.language.text import spec_text
@@ -26,8 +26,12 @@ if TYPE_CHECKING:
 def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
     """Write an adapter's file. A factor that the spec's seed gives, number for number, is described but not held."""
     network = adapter.network
-    tensors = {block.name: _values(adapter, block) for block in network.blocks}
+    tensors = {block.name: _values(adapter, block.name, adapter.factors[block.name]) for block in network.blocks}
     factors = {block.name: _described(tensors[block.name], block, network.spec.seed) for block in network.blocks}
+    for path in adapter.extras.paths:
+        name, parameter = stored_name(path), adapter.extras[path]
+        tensors[name] = tensor = _values(adapter, name, parameter)
+        factors[name] = SavedFactor(dtype_name(tensor), tuple(tensor.shape), digest(tensor), True, None)
     header = Header(
         spec=spec_text(network.spec),
         model=network.model.name,
@@ -55,10 +59,10 @@ def restored(saved: Saved, network: Network) -> dict[str, Tensor]:
     return values
 
 
-def _values(adapter: Adapter, block: Block) -> Tensor:
-    """The numbers of a block, on the CPU, if they are worth a file."""
-    tensor = adapter.factors[block.name].detach()
-    name = f"factor `{block.name}` of adapter `{adapter.name}`"
+def _values(adapter: Adapter, factor: str, tensor: Tensor) -> Tensor:
+    """The numbers of a tensor, on the CPU, if they are worth a file."""
+    tensor = tensor.detach()
+    name = f"factor `{factor}` of adapter `{adapter.name}`"
     if tensor.is_meta:
         raise AdapterError(f"{name} is on the meta device: it has no values to save")
     if dtype_name(tensor) not in DTYPES:

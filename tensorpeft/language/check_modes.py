@@ -124,7 +124,6 @@ def known_modes(spec: Spec, table: Table) -> Iterator[Problem]:
 def used_bonds(spec: Spec, table: Table) -> Iterator[Problem]:
     """A size is given to bonds only, and only to bonds that a factor carries."""
     carried, parts = names.carried(spec), names.side_parts(spec.modes)
-    named = {name for _, size in spec.ranks for name in size.names} | {*names.bonds(spec)}
     for bond, _ in spec.ranks:
         span = table.place("rank", bond)
         if bond in BUILT_IN_MODES:
@@ -132,7 +131,7 @@ def used_bonds(spec: Spec, table: Table) -> Iterator[Problem]:
         elif bond in parts:
             yield Problem(f"`{bond}` is a part defined under `modes`; expected a bond", span)
         elif bond not in carried:
-            bonds = sorted(carried & named)
+            bonds = sorted(carried & {*names.bonds(spec)})
             hint = did_you_mean(bond, (*bonds, BUDGET)) or (f"; the bonds are {listing(bonds)}" if bonds else "")
             yield Problem(f"`{bond}` is given a size, but no factor carries it{hint}", span)
 

@@ -39,12 +39,10 @@ class Heads:
     count: tuple[tuple[str, int], ...] = ()
     spans: tuple[Span, ...] = field(default=(), compare=False, repr=False)  # one per entry of side, then of count
 
-    @property
-    def named(self) -> dict[str, Span | None]:
-        """The matrices that are spoken of by name, each with a place where it is."""
-        matrices = [matrix for matrix, _ in (*self.side, *self.count)]
-        spans = self.spans or (None,) * len(matrices)
-        return {matrix: span for matrix, span in zip(matrices, spans, strict=True) if matrix != "*"}
+    def span(self, key: str, matrix: str) -> Span | None:
+        """Where ``side`` or ``count`` speaks of a matrix."""
+        entries = [*(("side", name) for name, _ in self.side), *(("count", name) for name, _ in self.count)]
+        return dict(zip(entries, self.spans, strict=False)).get((key, matrix))
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,6 @@ ARITY = {  # fewest, most arguments of a function
     **dict.fromkeys(("min", "max"), (2, 64)),
 }
 
-ZEROS = Call("zeros")
+ZEROS, ONES, IDENTITY = Call("zeros"), Call("ones"), Call("identity")
 KAIMING = Call("kaiming_uniform")
 LINEAR = Call("kaiming_uniform", (), (("a", Call("sqrt", (Number(5),))),))  # torch's nn.Linear: bound 1 / sqrt(fan_in)

@@ -50,7 +50,7 @@ def _heads(spec: Spec, sites: Sequence[Site]) -> Iterator[Problem]:
         for name, _ in values:
             if name != "*" and not any(site.is_named(name) for site in sites):
                 message = f"`heads: {{{key}: ...}}` speaks of `{name}`, which is no matrix of the target"
-                yield Problem(message + _hint(name, sites), spec.span)
+                yield Problem(message + _hint(name, sites), spec.heads.span(key, name))
 
 
 def _mask_values(spec: Spec, sites: Sequence[Site]) -> Iterator[Problem]:

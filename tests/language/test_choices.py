@@ -116,4 +116,8 @@ def test_wrong_layers_and_heads_are_found_where_they_are_written() -> None:
     )
     spec = load_spec(text)
     assert str(spec.target.span(40)) == f"<spec>:2:{text.splitlines()[1].index('40') + 1}"
-    assert {matrix: str(span) for matrix, span in spec.heads.named.items()} == {"query": "<spec>:5:16"}
+    assert [str(spec.heads.span(*where)) for where in (("side", "query"), ("side", "*"), ("count", "*"))] == [
+        "<spec>:5:16",
+        "<spec>:5:29",
+        "<spec>:5:49",
+    ]

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensorpeft.language.grammar import parse_init
 from tensorpeft.language.load import load_spec
+from tensorpeft.language.nodes import literal
 from tensorpeft.language.spec import FactorRule, Spec, Target
 from tensorpeft.language.start import dead_factors, nonzero_products
-from tensorpeft.language.syntax import Call, Product, Reference, Update
+from tensorpeft.language.syntax import Call, Name, Product, Reference, Update
 from tensorpeft.language.text import spec_text
 
 HEAD = "tensorpeft: 1\ntarget: {matrices: [query]}\n"
@@ -60,6 +63,78 @@ def test_dead_factors_are_those_that_no_descent_moves(products: list[str], zero:
 def test_products_without_a_zero_factor_are_not_zero(products: list[str], zero: str) -> None:
     found = {str(product) for product in nonzero_products(spec_of(products, zero, ""))}
     assert found == {" * ".join(product) for product in products if not set(product) & set(zero)}
+
+
+NUMBERS = {  # factor -> its init and its modes; the bond m is as large as d_out
+    "u": ("ones", ("layer", "d_out")),
+    "t": ("ones", ("m",)),
+    "E": ("identity", ("layer", "d_out", "m")),
+    "B": ("uniform(1)", ("d_out", "d_in")),
+    "C": ("start(B)", ("d_out", "d_in")),
+    "M": ("identity", ("d_out", "d_in")),
+    "W": ("", ("d_out", "d_in")),
+}
+WAYS = [*NUMBERS.values(), ("", ("m", "d_in")), ("", ("layer", "m", "d_out")), ("", ("m",)), ("", ("layer", "m"))]
+
+
+def starting_values(factor: str) -> np.ndarray:
+    """A factor's numbers at one site; of sizes 3 for the output and the bond, 4 for the input."""
+    init, modes = NUMBERS[factor]
+    shape = [{"d_out": 3, "m": 3, "d_in": 4}[mode] for mode in modes if mode != "layer"]
+    if init in ("ones", "identity"):
+        return np.ones(shape) if init == "ones" else np.eye(*shape)
+    return np.random.default_rng(7 if factor == "W" else 8).normal(size=shape)
+
+
+def value(product: Product) -> np.ndarray:
+    letters = {"d_out": "o", "d_in": "i", "m": "m"}
+    inputs = ["".join(letters[mode] for mode in ref.modes if mode != "layer") for ref in product.factors]
+    values = [starting_values(ref.factor) for ref in product.factors]
+    ones = [np.ones(size) for size in (3, 4)]  # whatever is not carried is the same everywhere
+    return product.sign * np.einsum(f"{','.join([*inputs, 'o', 'i'])}->oi", *values, *ones)
+
+
+@st.composite
+def mentions(draw: st.DrawFn) -> Reference:
+    factor = draw(st.sampled_from(list(NUMBERS)))
+    _, modes = NUMBERS[factor]
+    ways = [
+        other
+        for _, other in WAYS
+        if len(other) == len(modes) and [m == "layer" for m in other] == [m == "layer" for m in modes]
+    ]
+    sized = [other for other in ways if [m == "d_in" for m in other] == [m == "d_in" for m in modes]]
+    return Reference(factor, draw(st.sampled_from(sized)))
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.tuples(st.lists(mentions(), min_size=1, max_size=3), st.sampled_from([1, -1])), min_size=1, max_size=4)
+)
+def test_what_counts_as_zero_is_zero(terms: list[tuple[list[Reference], int]]) -> None:
+    update = Update(tuple(Product(tuple(factors), sign) for factors, sign in terms))
+    text = {name: init for name, (init, _) in NUMBERS.items() if init}
+    rules = tuple((name, FactorRule(parse_init(literal(init)))) for name, init in text.items())
+    spec = Spec("numbers", Target(("query",)), update, rules, ranks=(("m", Name("d_out")),))
+    moving = nonzero_products(spec)
+    rest = [value(product) for product in update.products if product not in moving]
+    assert np.allclose(sum(rest, np.zeros((3, 4))), 0)
+
+
+CANCELLING = {
+    "R[matrix, layer, d_out, m] * W[m, d_in] - W[d_out, d_in]": "m: d_out",
+    "W[d_out, m] * R[matrix, layer, m, n] * R[matrix, layer, n, d_in] - W[d_out, d_in]": "m: d_in, n: m",
+    "v[matrix, layer, d_out] * W[d_out, d_in] - W[d_out, d_in]": "",
+    "v[matrix, layer, d_out] * v[matrix, layer, m] * R[matrix, layer, d_out, m] * W[m, d_in] - W[d_out, d_in]": "m: d_out",
+}
+
+
+@pytest.mark.parametrize(("update", "ranks"), CANCELLING.items())
+def test_ones_and_identities_change_nothing(update: str, ranks: str) -> None:
+    factors = {"R": "{init: identity}", "v": "{init: ones}"}
+    said = ", ".join(f"{name}: {rule}" for name, rule in factors.items() if f"{name}[" in update)
+    sizes = f"rank: {{{ranks}}}\n" if ranks else ""
+    assert nonzero_products(load_spec(f"{HEAD}update: {update}\n{sizes}factors: {{{said}}}\n")) == []
 
 
 NOLA = """

@@ -11,7 +11,7 @@ from tensorpeft.language.nodes import Table
 from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.start import dead_factors, nonzero_products, origin
 from tensorpeft.language.syntax import Call, Expression, Name, Product, Spectral
-from tensorpeft.language.words import INITIALISERS, SIZE_NAMES
+from tensorpeft.language.words import DECOMPOSITIONS, INITIALISERS, SIZE_NAMES
 
 _SIDE_OF = {
     "U": "d_out",
@@ -30,6 +30,9 @@ def initialisers(spec: Spec, table: Table) -> Iterator[Problem]:
         elif rule.init.name in INITIALISERS:
             problems = list(signature(rule.init, INITIALISERS[rule.init.name]))
             yield from problems or _call(spec, name, modes, rule.init)
+        elif rule.init.name in DECOMPOSITIONS:
+            message = f"`{rule.init}` is a decomposition; expected a part of it, such as"
+            yield Problem(f"{message} `{rule.init}.{DECOMPOSITIONS[rule.init.name][0]}[:r]`", rule.init.span)
         else:
             yield unknown("initialiser", rule.init, INITIALISERS)
 

@@ -50,9 +50,8 @@ def _misplaced(spec: Spec, mask: MaskRule, modes: Mapping[str, tuple[str, ...]])
         return f"`{BASE_WEIGHT}` is the base weight, of which nothing is said here"
     if mask.factor not in modes:
         known = [factor for factor in modes if factor != BASE_WEIGHT]
-        return (
-            f"unknown factor `{mask.factor}`{did_you_mean(mask.factor, known) or f'; the update has {listing(known)}'}"
-        )
+        hint = did_you_mean(mask.factor, known) or f"; the update has {listing(known) or 'none'}"
+        return f"unknown factor `{mask.factor}`{hint}"
     mine = modes[mask.factor]
     for mode in mask.modes:
         if mode not in mine:

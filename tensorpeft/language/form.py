@@ -59,7 +59,7 @@ def known_factor(factor: Scalar, form: Form, key: str, findings: Findings) -> Re
     if factor.text == BASE_WEIGHT:
         findings.add(key, f"`{BASE_WEIGHT}` is the base weight, of which nothing is said here", factor.span)
     elif factor.text not in form.factors:
-        hint = did_you_mean(factor.text, form.factors) or f"; the update has {listing(form.factors)}"
+        hint = did_you_mean(factor.text, form.factors) or f"; the update has {listing(form.factors) or 'none'}"
         findings.add(key, f"unknown factor `{factor.text}`{hint}", factor.span)
     return form.factors.get(factor.text)
 

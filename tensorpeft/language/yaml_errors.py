@@ -38,6 +38,8 @@ _CASES = (
     _Case("found '<stream end>'", "expected a value; the file ends"),
     _Case("got '<stream end>'", "this `[` is never closed", True, "flow sequence"),
     _Case("got '<stream end>'", "this `{` is never closed", True, "flow mapping"),
+    _Case("got '['", "found {} inside a value; put a text with brackets in quotes"),
+    _Case("got '{'", "found {} inside a value; put a text with braces in quotes"),
     _Case("expected ',' or ']'", "expected `,` or `]` in this list"),
     _Case("expected ',' or '}'", "expected `,` or `}` in this mapping"),
     _Case("expected <block end>", "the indentation fits no line above; entries of one mapping begin in one column"),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sized
 
 from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
+from tensorpeft.language.functions import ARITY
 from tensorpeft.language.syntax import CONSTANTS, Call, Choice, Expression, Name, Operation
-from tensorpeft.language.words import ARITY, Signature
+from tensorpeft.language.words import Signature
 
 
 def alternatives(expression: Expression) -> tuple[Expression, ...]:

@@ -7,37 +7,13 @@ with the same meaning are equal. ``str(node)`` is text that parses back to an eq
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from tensorpeft.language.errors import did_you_mean, fail, listing
+from tensorpeft.language.functions import FUNCTIONS
 from tensorpeft.language.source import Span
 
-
-def _mod(a: float, b: float) -> float:
-    return a % b  # of the sign of b
-
-
-def _gcd(a: float, b: float) -> float:
-    if a != int(a) or b != int(b):
-        raise ValueError("only whole numbers have a common divisor")
-    return math.gcd(int(a), int(b))
-
-
-FUNCTIONS: dict[str, Callable[..., float]] = {
-    "sqrt": math.sqrt,
-    "min": min,
-    "max": max,
-    "ceil": math.ceil,
-    "floor": math.floor,
-    "gcd": _gcd,
-    "mod": _mod,
-    "exp": math.exp,
-    "cos": math.cos,
-    "sin": math.sin,
-    "equal": lambda a, b: int(a == b),
-    "less": lambda a, b: int(a < b),
-}
 CONSTANTS: dict[str, float] = {"pi": math.pi}
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "**": 3}
 

@@ -46,11 +46,6 @@ SCORED = ("top", "sample")  # the rules that read the file under `scores`
 TRAINABLE = ("biases", "norms", "head")  # what `train` names of the base, besides patterns
 BUDGET = "budget"  # among the bonds of `rank`: how many numbers are trained at most
 INPUT = "x"  # of a site, for `dropout`
-ARITY = {  # fewest, most arguments of a function
-    **dict.fromkeys(("sqrt", "ceil", "floor", "exp", "cos", "sin"), (1, 1)),
-    **dict.fromkeys(("gcd", "mod", "equal", "less"), (2, 2)),
-    **dict.fromkeys(("min", "max"), (2, 64)),
-}
 
 ZEROS, ONES, IDENTITY = Call("zeros"), Call("ones"), Call("identity")
 KAIMING = Call("kaiming_uniform")

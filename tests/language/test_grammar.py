@@ -21,6 +21,7 @@ from tensorpeft.language.syntax import (
     Part,
     Product,
     Reference,
+    Spectral,
     Update,
 )
 
@@ -63,6 +64,15 @@ def test_calls_parse_back(name: str, args: list[Expression], options: dict[str, 
     assert grammar.parse_call(literal(str(call))) == call
 
 
+spectral = st.sampled_from([("svd", "U"), ("svd", "V"), ("svd", "S"), ("qr", "Q"), ("qr", "R")])
+
+
+@given(spectral, names, st.booleans(), numbers)
+def test_decompositions_parse_back(kind: tuple[str, str], bond: str, last: bool, power: Number) -> None:
+    init = Spectral(*kind, bond, last, power if kind[0] == "svd" else Number(0))
+    assert grammar.parse_init(literal(str(init))) == init
+
+
 VALUES = {
     "2 + 3 * 4": 14,
     "(2 + 3) * 4": 20,
@@ -77,6 +87,12 @@ VALUES = {
     "max(1, 2, 3)": 3,
     "sqrt(d_in) * 1e-1": math.sqrt(512) * 0.1,
     "-d_in": -512,
+    "gcd(d_in, 768)": 256,
+    "mod(-7, 3) + mod(d_in, 7)": 2 + 512 % 7,
+    "equal(d_in, 2 ** 9) - equal(1, 2)": 1,
+    "less(1, 2) + less(2, 2)": 1,
+    "2 * cos(pi / 3)": 1,
+    "sin(pi / 6) * exp(0)": 0.5,
 }
 
 
@@ -85,7 +101,20 @@ def test_arithmetic_is_pythons(text: str, value: float) -> None:
     assert grammar.parse_arithmetic(literal(text)).evaluate({"d_in": 512}) == pytest.approx(value, rel=1e-15)
 
 
-@pytest.mark.parametrize("text", ["1 / 0", "sqrt(-1)", "(-1) ** 0.5", "10 ** 400", "1e308 * 10", "ceil(1e308 * 1e308)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "1 / 0",
+        "sqrt(-1)",
+        "(-1) ** 0.5",
+        "10 ** 400",
+        "1e308 * 10",
+        "ceil(1e308 * 1e308)",
+        "gcd(1.5, 2)",
+        "mod(3, 0)",
+        "exp(1000)",
+    ],
+)
 def test_arithmetic_without_a_finite_value_is_a_located_error(text: str) -> None:
     expression = grammar.parse_arithmetic(literal(text))
     with pytest.raises(SpecError) as caught:

@@ -6,10 +6,10 @@ import json
 import re
 
 from tensorpeft.language.catalogue import grammar_path
+from tensorpeft.language.functions import ARITY
 from tensorpeft.language.load import load_spec
 from tensorpeft.language.syntax import CONSTANTS
 from tensorpeft.language.words import (
-    ARITY,
     BUDGET,
     BUILT_IN_MODES,
     DECOMPOSITIONS,

@@ -3,12 +3,12 @@
 A table is data. ``sizes`` and ``switches`` are rules over the config's keys (`network.sizes`), of which the sizes are
 published; ``config`` gives keys that a config may lack. ``matrices`` say, for each role, which module holds it, its two
 sides, which side the heads split and, for a part of a fused module, which rows; for a parameter that the module reads
-by itself, its name, and over how many experts it goes. ``reads`` lists the roles that read the very same tensor,
-``uncalled`` modules whose weight is read by the module around them, ``unused`` those whose weight is tied to that of
-another, which the model uses instead. ``modules`` are those outside the layers. These,
-``norms`` (all normalisation layers), ``parameters`` (what is left), ``classes`` and ``uncounted`` (keys or switches)
-serve to count the parameters. A table that is ``like:`` another has all its entries, but for those it gives itself;
-``null`` takes an entry away.
+by itself, its name, and over how many experts it goes. An entry may be several, ``for`` each of some values. ``reads``
+lists the roles that read the very same tensor, ``uncalled`` modules whose weight is read by the module around them,
+``unused`` those whose weight is tied to that of another, which the model uses instead. ``modules`` are those outside
+the layers. These, ``norms`` (all normalisation layers), ``parameters`` (what is left), ``classes`` and ``uncounted``
+(keys or switches) serve to count the parameters. A table that is ``like:`` another has all its entries, but for those
+it gives itself; ``null`` takes an entry away.
 
 A model of several stacks (encoder and decoder, two towers) has the stack, and the attention where there are two kinds,
 in front of the role: ``encoder.query``, ``decoder.query``, ``decoder.cross.query``. Its matrices may give ``layers`` of
@@ -19,7 +19,7 @@ their own, and ``first``, the number of the first. A config inside the config is
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -135,12 +135,31 @@ def architecture(config: Mapping[str, Any]) -> Architecture:
     """
     table, sizes = put(config)
     published = tuple((name, _sensible(name, sizes[name])) for name in table["sizes"])
-    there = ((role, entry) for role, entry in table["matrices"].items() if sizes.value(entry.get("if", 1)))
+    each = (pair for role, entry in table["matrices"].items() for pair in _each(role, entry))
+    there = ((role, entry) for role, entry in each if sizes.value(entry.get("if", 1)))
     entries = {entry.get("role", role): entry for role, entry in there}
     reads = {role: together[0] for together in table.get("reads", ()) for role in together}
     matrices = tuple(_matrix(role, entry, sizes, reads.get(role)) for role, entry in entries.items())
     uncalled, unused = (tuple(table.get(key, ())) for key in ("uncalled", "unused"))
     return Architecture(config["model_type"], published, matrices, uncalled, unused)
+
+
+def _each(role: str, entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The entries that one stands for: itself, or with ``for: {n: [0, 1]}`` one for each value, put where it says ``{n}``."""
+    if "for" not in entry:
+        yield role, entry
+        return
+    ((name, values),) = entry["for"].items()
+    for value in values:
+        yield _filled(role, name, value), _filled(entry, name, value)
+
+
+def _filled(part: Any, name: str, value: object) -> Any:
+    if isinstance(part, Mapping):
+        return {key: _filled(inner, name, value) for key, inner in part.items()}
+    if isinstance(part, list):
+        return [_filled(inner, name, value) for inner in part]
+    return part.replace(f"{{{name}}}", str(value)) if isinstance(part, str) else part
 
 
 def put(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sizes]:

@@ -65,6 +65,8 @@ class Sizes:
         """A config's value as a number; a mapping (``id2label``) counts its entries."""
         value = self._config[key]
         number = len(value) if isinstance(value, dict) else value
+        if isinstance(number, float) and number.is_integer():
+            number = int(number)
         if not isinstance(number, int) or abs(number) > MAX_SIZE:
             text = repr(value)
             shown = text if len(text) <= 40 else f"{text[:40]}..."

@@ -70,6 +70,14 @@ CLIP_VISION = {
 }
 BART = {**without(WHISPER, "max_source_positions"), "max_position_embeddings": 64}
 SIGLIP_VISION = without(CLIP_VISION, "model_type")
+SWIN = {
+    "embed_dim": 8,
+    "depths": [1, 1, 2, 1],
+    "num_heads": [1, 2, 2, 4],
+    "image_size": 64,
+    "patch_size": 2,
+    "window_size": 4,
+}
 SOUND = {
     **SMALL,
     "vocab_size": 30,
@@ -293,6 +301,8 @@ CONFIGS = {
     "siglip_text_model": {**CLIP_TEXT, "model_type": "siglip_text_model", "projection_size": 24},
     "siglip_vision_model": {**CLIP_VISION, "model_type": "siglip_vision_model"},
     "siglip_vision_model, no head": {**CLIP_VISION, "model_type": "siglip_vision_model", "vision_use_head": False},
+    "swin": {"model_type": "swin", **SWIN},
+    "swin, two stages": {"model_type": "swin", **SWIN, "depths": [2, 3], "num_heads": [2, 4], "qkv_bias": False},
     "modernbert": {"model_type": "modernbert", **TEXT, "pad_token_id": 0},
     "modernbert, all options": {
         "model_type": "modernbert",

@@ -148,13 +148,15 @@ def test_a_plain_model():
 
 
 def test_the_layers_of_a_stage_are_those_of_one_width():
-    config = transformers.SwinConfig(
-        embed_dim=16, depths=[2, 3], num_heads=[2, 4], image_size=32, patch_size=4, window_size=4
-    )
-    found = choose(Target(("q_proj",)), scan(transformers.SwinModel(config)))
+    def stage(width: int, depth: int) -> nn.Module:
+        return nn.ModuleDict(
+            {"blocks": nn.ModuleList(nn.ModuleDict({"q": nn.Linear(width, width)}) for _ in range(depth))}
+        )
+
+    found = choose(Target(("q",)), scan(nn.ModuleDict({"stages": nn.ModuleList([stage(4, 2), stage(8, 3)])})))
     assert [(site.stack, site.layer, site.d_in) for site in found] == [
-        (f"encoder.layers.{stage}.blocks", layer, width)
-        for stage, width, depth in ((0, 16, 2), (1, 32, 3))
+        (f"stages.{number}.blocks", layer, width)
+        for number, width, depth in ((0, 4, 2), (1, 8, 3))
         for layer in range(depth)
     ]
 

@@ -86,9 +86,11 @@ class Catalogue(Page):
     def tables(self) -> tuple[Table, ...]:
         counted = f"trained on {self.model}"
         methods = tuple((m.name, _number(m), ", ".join(m.trained), m.what, str(m.paper)) for m in self.methods)
+        refused = tuple((m.name, m.refused.partition("\n")[0]) for m in self.methods if m.refused is not None)
         headers = ("model", "family", "layers", "width", "heads", "parameters")
         return (
             Table(("method", counted, "factors trained", "what it is", "paper"), methods),
+            *([Table(("does not fit", "because"), refused)] if refused else []),
             Table(headers, tuple(tuple(asdict(card).values()) for card in self.cards)),
         )
 

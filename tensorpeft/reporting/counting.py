@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from math import prod
 
 from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
-from tensorpeft.language.syntax import EVERYWHERE, Choice, Number, ranges
+from tensorpeft.language.syntax import EVERYWHERE, Choice, Number, Selector, ranges
 from tensorpeft.language.words import TASK_MODE
 from tensorpeft.network.network import Block, Network
 from tensorpeft.network.rank import rank_bound
@@ -143,10 +143,14 @@ def formulas(spec: Spec) -> tuple[str, ...]:
     """``dW = alpha / r * (B * A)``: one for each entry of the update."""
     entries = spec.update.entries
     several = len(entries) > 1 or EVERYWHERE not in entries
-    scaled = {
-        at: str(update) if spec.scale == Number(1) else f"{spec.scale} * ({update})" for at, update in entries.items()
-    }
-    return tuple(f"dW of {at} = {update}" if several else f"dW = {update}" for at, update in scaled.items())
+    return tuple(
+        f"dW{_at(at) if several else ''} = {update if spec.scale == Number(1) else f'{spec.scale} * ({update})'}"
+        for at, update in entries.items()
+    )
+
+
+def _at(selector: Selector) -> str:
+    return " elsewhere" if selector == EVERYWHERE else f" of {selector}"
 
 
 def _modes(network: Network) -> tuple[ModeEntry, ...]:

@@ -59,7 +59,7 @@ def drawing(network: Network) -> str:
     right, used = _MARGIN + _WRAPPED * svg.CHARACTER, set[str]()
     for panel in panels(network):
         group = ET.SubElement(root, "g", {"class": "panel"})
-        sign = "- " if panel.sign < 0 else "+ " if len(spec.update.products) > 1 else ""
+        sign = "- " if panel.sign < 0 else "+ " if panel.is_summand else ""
         end, y = _panel(group, panel, sign, y + 14)
         right = max(right, end)
         used.update(name for element in group.iter("g") for name in element.get("class", "").split())

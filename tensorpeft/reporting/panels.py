@@ -30,6 +30,7 @@ class Panel:
     """A product of the update, at all sites where it is the same graph."""
 
     sign: int
+    is_summand: bool  # there are other products at its sites
     graph: nx.Graph  # of the first of its groups
     cut: frozenset[str]  # a minimum cut, where it is widest
     sites: tuple[Site, ...]
@@ -57,11 +58,12 @@ def panels(network: Network) -> tuple[Panel, ...]:
     for group in network.groups:
         for term in group.terms:
             factors = tuple((o.factor, o.modes, o.site_modes) for o in term.operands)
-            alike.setdefault((term.sign, factors, term.d_out, term.d_in), []).append((term, group.sites))
-    return tuple(map(_panel, alike.values()))
+            key = (term.sign, len(group.terms) > 1, factors, term.d_out, term.d_in)
+            alike.setdefault(key, []).append((term, group.sites))
+    return tuple(_panel(sign, is_summand, members) for (sign, is_summand, *_), members in alike.items())
 
 
-def _panel(members: list[tuple[Term, tuple[Site, ...]]]) -> Panel:
+def _panel(sign: int, is_summand: bool, members: list[tuple[Term, tuple[Site, ...]]]) -> Panel:
     terms = [term for term, _ in members]
     first = graph(terms[0])
     widest = max(terms, key=lambda term: term.size(minimum_cut(term)))
@@ -73,7 +75,8 @@ def _panel(members: list[tuple[Term, tuple[Site, ...]]]) -> Panel:
         for at in range(len(terms[0].operands))
     ]
     return Panel(
-        sign=terms[0].sign,
+        sign=sign,
+        is_summand=is_summand,
         graph=first,
         cut=frozenset(mode for mode in minimum_cut(widest) if widest.sizes[mode] > 1),
         sites=tuple(site for _, sites in members for site in sites),

@@ -22,7 +22,7 @@ text { font: 12px ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace; 
 .trained .shape { fill: #fde8c8; stroke: #c77700 }
 .frozen .shape { fill: #e4e7eb; stroke: #7b8794 }
 .stored .shape { stroke-width: 3 }
-.base .shape { fill: #9aa5b1; stroke: #323f4b }
+.base .shape { fill: #cbd2d9; stroke: #323f4b; stroke-width: 2.5 }
 .masked .shape { stroke-dasharray: 6 3 }
 .input .shape { fill: #d5e8fb; stroke: #2b6cb0 }
 .output .shape { fill: #dcf3dd; stroke: #2f855a }

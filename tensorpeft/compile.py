@@ -91,10 +91,9 @@ def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = No
         text = Source("its spec", saved.header.spec)  # never looked up as a name or a path
         spec = compile_table(parse_document(text), text)
         check_sites(saved.header, shape.name, choose(spec.target, shape))
-        plan = front(spec, shape)
-        check_factors(saved.header, plan.network)
-        values = restored(saved, plan.network)
-        return attach_plan(model, plan, name, values)
+        network = lower(spec, shape, saved.indices)
+        check_factors(saved.header, network)
+        return attach_plan(model, plan(network), name, restored(saved, network))
 
 
 def report(

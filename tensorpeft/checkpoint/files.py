@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from secrets import token_hex
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
@@ -23,26 +24,34 @@ from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor, header_tex
 from tensorpeft.language.errors import CheckpointError, SpecError, did_you_mean, listing
 
 FILE = "adapter.safetensors"
+_MASK = "mask."  # before the name of a factor: no factor's name has a dot
 _KEY = "tensorpeft"  # the one entry of the file's metadata: safetensors writes several in no order that lasts
 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file holds. The tensors are those of the stored factors, on the CPU."""
+    """What a file holds. The tensors are those of the stored factors, on the CPU.
+
+    ``indices`` are what masks keep of some factors, where the spec alone does not tell it (``network.packing.indices``).
+    """
 
     path: Path
     header: Header
     tensors: dict[str, Tensor]
+    indices: dict[str, np.ndarray]
 
 
-def write(folder: Path, header: Header, tensors: Mapping[str, Tensor]) -> Path:
+def write(
+    folder: Path, header: Header, tensors: Mapping[str, Tensor], indices: Mapping[str, np.ndarray] | None = None
+) -> Path:
     """Write ``folder/adapter.safetensors``, and say where it is. An error leaves the file that was there.
 
     Raises:
         OSError: the folder or the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    content = serialise(dict(tensors), {_KEY: header_text(header)})
+    masks = {_MASK + name: torch.from_numpy(kept) for name, kept in (indices or {}).items()}
+    content = serialise({**tensors, **masks}, {_KEY: header_text(header)})
     temporary = folder / f".{FILE}.{token_hex(8)}"
     try:
         with temporary.open("xb") as file:
@@ -68,9 +77,12 @@ def read(folder: Path) -> Saved:
             raise CheckpointError(f"this safetensors file is no adapter of tensorpeft: it has no metadata `{_KEY}`")
         header = parse_header(metadata[_KEY])
         stored = {name: factor for name, factor in header.factors.items() if factor.stored}
-        _check_names(stored, set(file.keys()))
+        found = set(file.keys())
+        masks = {_MASK + name: name for name, factor in header.factors.items() if factor.mask and _MASK + name in found}
+        _check_names(stored, found - masks.keys())
         tensors = {name: _tensor(file, name, factor) for name, factor in stored.items()}
-    return Saved(path, header, tensors)
+        indices = {name: _indices(file, key) for key, name in masks.items()}
+    return Saved(path, header, tensors, indices)
 
 
 @contextmanager
@@ -137,6 +149,16 @@ def _tensor(file: safe_open, name: str, factor: SavedFactor) -> Tensor:
     if bad:
         raise CheckpointError(f"factor `{name}` has numbers that are not finite, {bad} of {tensor.numel()}")
     return tensor
+
+
+def _indices(file: safe_open, key: str) -> np.ndarray:
+    """What masks keep of a factor; whether that is what it was, its mask's digest tells."""
+    place = file.get_slice(key)
+    if place.get_dtype() != "I64" or len(place.get_shape()) != 1:
+        found = f"{place.get_dtype()} of shape {tuple(place.get_shape())}"
+        raise CheckpointError(f"the indices `{key}` are {found}, expected a list of I64")
+    indices: np.ndarray = file.get_tensor(key).numpy().copy()
+    return indices
 
 
 def check_digest(tensor: Tensor, factor: SavedFactor, otherwise: str) -> None:

@@ -19,7 +19,12 @@ def stored_name(path: str) -> str:
 
 
 def mask_digest(block: Block) -> str | None:
-    """SHA-256 of the indices that masks keep of a block: a line for each key and masked axis. None: it has no mask."""
+    """SHA-256 of what masks keep of a block, key by key: the indices of each masked axis, or the entries. None: no mask."""
+    if block.entries is not None:
+        hashed = sha256()
+        for key in block.keys:
+            hashed.update(f"{key}\n".encode() + block.entries[key].astype("<i8").tobytes())
+        return hashed.hexdigest()
     if block.kept is None:
         return None
     places = ((key, axis, kept) for key in block.keys for axis, kept in enumerate(block.kept[key]) if kept is not None)

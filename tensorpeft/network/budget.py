@@ -12,10 +12,12 @@ from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Number
 from tensorpeft.network.checks import check_experts, check_names
 from tensorpeft.network.layout import layout
+from tensorpeft.network.packing import Masking, masking
+from tensorpeft.network.scores import Scores
 from tensorpeft.network.selection import Kind, kinds
 from tensorpeft.network.shapes import Key, ModelShape
-from tensorpeft.network.storage import Layouts, Placed, Use, refuse_ragged, store, stored_sizes, use
 from tensorpeft.network.targets import choose
+from tensorpeft.network.use import Layouts, Placed, Sizes, Use, Users, refuse_ragged, serving_sizes, use, users_of
 
 MAX_RANK = 1 << 20
 
@@ -45,7 +47,7 @@ def fitted(spec: Spec, model: ModelShape, placed: Placed) -> Spec:
         return spec
     count = _counter(spec, model, placed)
     top = min(spec.budget, MAX_RANK)  # each step of the rank adds at least one number
-    counts = {rank: _count_if_sized(count, spec, rank) for rank in _powers(top)}
+    counts = _gallop(lambda rank: _count_if_sized(count, spec, rank), spec.budget, top)
     least = counts[1]
     if len(counts) > 1 and set(counts.values()) == {least}:
         message = f"{least:,} numbers are trained at every rank, so a budget does not determine it"
@@ -62,8 +64,15 @@ def fitted(spec: Spec, model: ModelShape, placed: Placed) -> Spec:
     return _sized(spec, low)
 
 
-def _powers(top: int) -> list[int]:
-    return [1 << power for power in range(max(1, top).bit_length())]
+def _gallop(count: Callable[[int], int | None], budget: int, top: int) -> dict[int, int | None]:
+    """The counts of rank 1, 2, 4, ... up to where they have passed the budget: counts may fall before they rise."""
+    found: dict[int, int | None] = {}
+    for rank in (1 << power for power in range(max(1, top).bit_length())):
+        found[rank] = now = count(rank)
+        before = found.get(rank // 2)
+        if now is None or (now > budget and before is not None and now > before):
+            break
+    return found
 
 
 def _sized(spec: Spec, rank: int) -> Spec:
@@ -88,18 +97,20 @@ def _counter(spec: Spec, model: ModelShape, placed: Placed) -> Callable[[Spec], 
     uses = [use(spec, name, present) for name, _ in spec.factors]
     trained = [each for each in uses if not spec.factor(each.factor).frozen]
     shared = {each.factor: _shared(each, placed) for each in trained}
-    masked = {rule.factor for rule in spec.masks}
+    scores = Scores(spec)
 
     def count(sized: Spec) -> int:
         layouts = {kind: layout(sized, model, kind) for kind in present}
+        total = 0
         for each in uses:
             refuse_ragged(sized, each, [each.sizes(kind, layouts) for kind in each.names])
-        return sum(
-            sum(block.count for block in store(sized, each, placed, layouts).blocks)
-            if each.factor in masked
-            else _whole(sized, each, shared[each.factor], layouts)
-            for each in trained
-        )
+        for each in trained:
+            masks = masking(sized, each, layouts, scores)
+            if masks is None:
+                total += _whole(sized, each, shared[each.factor], layouts)
+            else:
+                total += _masked(masks, users_of(sized, each, placed, layouts))
+        return total
 
     return count
 
@@ -115,9 +126,21 @@ def _shared(each: Use, placed: Placed) -> Counter[frozenset[Kind]]:
 
 def _whole(spec: Spec, each: Use, shared: Counter[frozenset[Kind]], layouts: Layouts) -> int:
     """How many numbers the blocks of an unmasked factor hold."""
-    policies = tuple(spec.policy(mode) for mode in each.free)
     total = 0
     for users, keys in shared.items():
         wanted = frozenset(each.sizes(kind, layouts) for kind in users)
-        total += keys * sum(prod(sizes) for sizes in set(stored_sizes(spec, each, policies, wanted).values()))
+        total += keys * sum(prod(sizes) for sizes in set(serving_sizes(spec, each, wanted).values()))
+    return total
+
+
+def _masked(masks: Masking, users: dict[tuple[Key, Sizes], Users]) -> int:
+    """How many numbers masks leave of a factor; where the rules alone do not say it, by drawing them."""
+    total = 0
+    for (key, sizes), sites in users.items():
+        count = masks.count(sizes, sites)
+        if count is None:
+            kept = masks.kept(key, sizes, sites)
+            axes = (size if axis is None else len(axis) for size, axis in zip(sizes, kept.axes, strict=True))
+            count = prod(axes) if kept.entries is None else len(kept.entries)
+        total += count
     return total

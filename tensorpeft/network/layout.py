@@ -12,7 +12,7 @@ from tensorpeft.language.errors import fail
 from tensorpeft.language.source import Span
 from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Definition, Expression, Part, Spectral
-from tensorpeft.network.initial import origin
+from tensorpeft.network.initial import origins
 from tensorpeft.network.modes import Parts, parts_of, split_modes
 from tensorpeft.network.selection import Kind, chosen
 from tensorpeft.network.shapes import ModelShape, Site
@@ -72,10 +72,11 @@ def layout(spec: Spec, model: ModelShape, kind: Kind) -> Layout:
 
 
 def _spoken_of(spec: Spec, kind: Kind) -> set[str]:
-    """The names in the initialisers of a kind's factors."""
+    """The names in the initialisers and mask rules of a kind's factors."""
     factors = {f.factor for product in kind.products for f in product.factors} - {BASE_WEIGHT}
-    inits = (spec.factor(origin(spec, factor)).init for factor in factors)
-    return {name for init in inits for name in (init.power if isinstance(init, Spectral) else init).names}
+    inits = [spec.factor(origins(spec, factor)[-1]).init for factor in factors]
+    spoken = [init.power if isinstance(init, Spectral) else init for init in inits]
+    return {name for each in (*spoken, *(rule.rule for rule in spec.masks)) for name in each.names}
 
 
 class _Sizes:

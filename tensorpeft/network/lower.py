@@ -6,21 +6,30 @@ Not here: the order of contraction (planning), numbers (initial), torch (runtime
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import numpy as np
+
 from tensorpeft.language.spec import Spec
 from tensorpeft.network.budget import fitted
 from tensorpeft.network.checks import check_experts, check_names
 from tensorpeft.network.extras import extras
 from tensorpeft.network.layout import layout
 from tensorpeft.network.network import Block, Group, Network
+from tensorpeft.network.packing import masking
+from tensorpeft.network.scores import Scores
 from tensorpeft.network.selection import Kind, kinds
 from tensorpeft.network.shapes import ModelShape, Site
-from tensorpeft.network.storage import Layouts, Placed, Storage, store, use
+from tensorpeft.network.storage import Storage, store
 from tensorpeft.network.targets import choose
 from tensorpeft.network.terms import base_weight, group
+from tensorpeft.network.use import Layouts, Placed, use
 
 
-def lower(spec: Spec, model: ModelShape) -> Network:
+def lower(spec: Spec, model: ModelShape, saved: Mapping[str, np.ndarray] | None = None) -> Network:
     """The network that a spec stands for on a model. A budget has become ranks in its spec.
+
+    ``saved`` are the indices that masks keep of some blocks, by their names, as a checkpoint has them.
 
     Raises:
         SpecError: the target, a selector, a size, a mask, a ragged mode or the budget does not fit this model.
@@ -34,7 +43,10 @@ def lower(spec: Spec, model: ModelShape) -> Network:
     check_experts(spec, placed)
     spec = fitted(spec, model, placed)
     layouts = {kind: layout(spec, model, kind) for kind in dict.fromkeys(kind for _, kind in placed)}
-    storages = {name: store(spec, use(spec, name, layouts), placed, layouts) for name, _ in spec.factors}
+    storages, scores = {}, Scores(spec)
+    for name, _ in spec.factors:
+        each = use(spec, name, layouts)
+        storages[name] = store(spec, each, placed, layouts, masking(spec, each, layouts, scores, saved))
     blocks = tuple(block for storage in storages.values() for block in storage.blocks)
     return Network(spec, model, blocks, _groups(spec, storages, placed, layouts), trained)
 
@@ -45,7 +57,7 @@ def _groups(spec: Spec, storages: dict[str, Storage], placed: Placed, layouts: L
     present = {kind: [s for s in storages.values() if kind in s.use.names] for kind in layouts}
     for site, kind in placed:
         blocks = tuple(storage.block(site).name for storage in present[kind])
-        keys = tuple(storage.key(site) for storage in present[kind] if storage.masks)  # each keeps indices of its own
+        keys = tuple(storage.key(site) for storage in present[kind] if storage.masking)  # each keeps indices of its own
         gathered.setdefault((kind, blocks, keys, site.kind), (kind, []))[1].append(site)
     shapes: dict[tuple[int, int], Block] = {}
     groups = []

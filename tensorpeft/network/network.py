@@ -19,6 +19,7 @@ from math import prod
 import numpy as np
 
 from tensorpeft.language.spec import BASE_WEIGHT, FactorRule, Spec
+from tensorpeft.language.syntax import Call, Initialiser, Spectral
 from tensorpeft.network.shapes import Key, ModelShape, Parameter, Site
 
 
@@ -37,7 +38,9 @@ class Block:
 
     ``axes`` are the written modes in order; where the sites of a block do not fill the grid of its site modes, these
     are replaced by one leading ``site`` axis. A masked block is *packed*: a flat tensor that holds, key after key, what the
-    masks keep.
+    masks keep. ``kept`` says for each free axis which indices these are (None: all of them), and a key holds their grid.
+    Where a mask speaks of several modes, ``entries`` says it instead: the kept positions in the grid of all free axes,
+    ascending. To be used, such a block is scattered into zeros of shape (keys, *free axes) first, at ``positions``.
     """
 
     name: str
@@ -46,15 +49,35 @@ class Block:
     axes: tuple[Axis, ...]
     keys: tuple[Key, ...]  # in storage order
     kept: dict[Key, tuple[np.ndarray | None, ...]] | None = field(default=None, hash=False, compare=False)
+    entries: dict[Key, np.ndarray] | None = field(default=None, hash=False, compare=False)
+    origin: str = ""  # the factor whose numbers it starts from: another one's where its `init` is `start(...)`
+    init: Initialiser = Call("zeros")  # how that one starts
+    names: dict[Key, dict[str, float]] = field(
+        default_factory=dict, hash=False, compare=False
+    )  # of which `init` speaks
+
+    @property
+    def packed(self) -> bool:
+        """Whether masks leave a part of it."""
+        return self.kept is not None or self.entries is not None
 
     @property
     def free_axes(self) -> tuple[Axis, ...]:
         """The axes that are not bound to sites."""
         return tuple(axis for axis in self.axes if axis.labels is None)
 
+    @cached_property
+    def positions(self) -> np.ndarray:  # shape: (count,)
+        """Of a block of entries: where each number is in a flat tensor of shape (keys, *free axes)."""
+        assert self.entries is not None
+        size = prod(axis.size for axis in self.free_axes)
+        return np.concatenate([number * size + self.entries[key] for number, key in enumerate(self.keys)])
+
     def key_shape(self, key: Key) -> tuple[int, ...]:
-        """The shape of what one key holds, over the free axes."""
+        """The shape of what one key holds: over the free axes, or of entries (kept,)."""
         sizes = tuple(axis.size for axis in self.free_axes)
+        if self.entries is not None:
+            return self.entries[key].shape
         if self.kept is None:
             return sizes
         return tuple(size if kept is None else len(kept) for size, kept in zip(sizes, self.kept[key], strict=True))
@@ -62,14 +85,14 @@ class Block:
     @cached_property
     def key_sizes(self) -> tuple[int, ...]:
         """How many numbers each key holds, in storage order."""
-        if self.kept is None:
+        if not self.packed:
             return (prod(axis.size for axis in self.free_axes),) * len(self.keys)
         return tuple(prod(self.key_shape(key)) for key in self.keys)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the stored tensor."""
-        return tuple(axis.size for axis in self.axes) if self.kept is None else (self.count,)
+        return (self.count,) if self.packed else tuple(axis.size for axis in self.axes)
 
     @property
     def count(self) -> int:
@@ -83,7 +106,12 @@ class Block:
     @property
     def seeded(self) -> bool:
         """Frozen and regenerated from the spec's seed: a checkpoint does not hold it."""
-        return self.rule.frozen and not self.rule.stored
+        return self.rule.frozen and not self.rule.stored and not self.data_dependent
+
+    @property
+    def data_dependent(self) -> bool:
+        """Whether its first numbers come from the base weight of the site that each key stands for."""
+        return isinstance(self.init, Spectral)
 
 
 @dataclass(frozen=True)

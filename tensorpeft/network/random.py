@@ -18,6 +18,8 @@ from hashlib import sha256
 
 import numpy as np
 
+from tensorpeft.network.elementary import log
+
 GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
 
@@ -38,11 +40,11 @@ def stream(seed: int, name: str, coordinates: Sequence[str | int] = ()) -> int:
 
 
 def bits(state: int, indices: Sequence[np.ndarray]) -> np.ndarray:
-    """64 random bits for every index in the grid of ``indices`` (one integer array per axis)."""
+    """64 random bits for every index: one integer array per axis; these broadcast, so ``np.ix_`` makes a grid of them."""
     states = np.array(state, dtype=np.uint64)
     for axis in indices:
         step = np.uint64(GOLDEN) * (axis.astype(np.uint64) + np.uint64(1))
-        states = _mix(states[..., None] + step)
+        states = _mix(states + step)
     return states
 
 
@@ -60,7 +62,7 @@ def standard_normal(state: int, indices: Sequence[np.ndarray]) -> np.ndarray:
     q = p - 0.5
     central = 0.180625 - q * q
     middle = q * _ratio(central, _A, _B)
-    r = np.sqrt(-_log(np.minimum(p, 1.0 - p)))
+    r = np.sqrt(-log(np.minimum(p, 1.0 - p)))
     near = _ratio(r - 1.6, _C, _D)
     far = _ratio(r - 5.0, _E, _F)
     tail = np.copysign(np.where(r <= 5.0, near, far), q)
@@ -77,19 +79,6 @@ def _mix(z: np.ndarray) -> np.ndarray:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
-
-
-def _log(x: np.ndarray) -> np.ndarray:
-    """Natural logarithm by IEEE additions, products and quotients alone: a library's log may differ in its last bit."""
-    mantissa, exponent = np.frexp(x)
-    low = mantissa < 0.7071067811865476
-    mantissa = np.where(low, mantissa * 2.0, mantissa)
-    exponent = exponent - low
-    s = (mantissa - 1.0) / (mantissa + 1.0)  # log m = 2 atanh s
-    square, series = s * s, np.zeros_like(s)
-    for odd in range(27, 0, -2):
-        series = series * square + 1.0 / odd
-    return exponent * 0.6931471805599453 + 2.0 * s * series
 
 
 def _ratio(x: np.ndarray, above: tuple[float, ...], below: tuple[float, ...]) -> np.ndarray:

@@ -3,69 +3,21 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
 from tensorpeft.language.errors import fail
-from tensorpeft.language.spec import SITE_MODES, MaskRule, Spec
-from tensorpeft.language.syntax import Reference
-from tensorpeft.network.layout import Layout
-from tensorpeft.network.masks import kept_indices
-from tensorpeft.network.modes import free_modes, written_modes
+from tensorpeft.language.spec import MaskRule, Spec
+from tensorpeft.language.syntax import Spectral
+from tensorpeft.network.initial import origins
 from tensorpeft.network.network import Axis, Block
+from tensorpeft.network.packing import Kept, Masking
 from tensorpeft.network.selection import Kind
 from tensorpeft.network.shapes import Key, Site
-
-Sizes = tuple[int, ...]  # of the free written modes of a factor
-Layouts = Mapping[Kind, Layout]
-Placed = Sequence[tuple[Site, Kind]]
-
-
-@dataclass(frozen=True)
-class Use:
-    """A factor at the sites that have it: the modes of its first reference name those of the stored tensor.
-
-    ``names`` are the modes of the first reference at each kind of sites.
-    """
-
-    factor: str
-    written: tuple[str, ...]
-    names: dict[Kind, tuple[str, ...]]
-
-    @property
-    def site_modes(self) -> tuple[str, ...]:
-        """The site modes that the factor carries, in the order of a key."""
-        return tuple(mode for mode in SITE_MODES if mode in self.written)
-
-    @property
-    def free(self) -> tuple[str, ...]:
-        """The other written modes, in their order."""
-        return tuple(mode for mode in self.written if mode not in SITE_MODES)
-
-    def key(self, site: Site) -> Key:
-        """Under which label a site's numbers are stored."""
-        return tuple(getattr(site, mode) for mode in self.site_modes)
-
-    def sizes(self, kind: Kind, layouts: Layouts) -> Sizes:
-        """What a kind of sites wants of each free mode."""
-        sizes = layouts[kind].sizes
-        return tuple(sizes[mode] for mode in self.names[kind])
-
-
-def use(spec: Spec, factor: str, kinds: Iterable[Kind]) -> Use:
-    """Who uses a factor, and by which names of its modes."""
-
-    def first(references: Iterable[Reference]) -> Reference | None:
-        return next((reference for reference in references if reference.factor == factor), None)
-
-    stored = first(f for product in spec.update.products for f in product.factors)
-    assert stored is not None
-    found = {kind: first(f for product in kind.products for f in product.factors) for kind in kinds}
-    names = {kind: free_modes(reference, spec.modes) for kind, reference in found.items() if reference is not None}
-    return Use(factor, written_modes(stored, spec.modes), names)
+from tensorpeft.network.use import Layouts, Placed, Sizes, Use, Users, serving_indices, users_of
 
 
 @dataclass(frozen=True)
@@ -74,9 +26,10 @@ class Storage:
 
     use: Use
     policies: tuple[str, ...]  # of the free modes
-    masks: tuple[MaskRule, ...]
+    masking: Masking | None
     blocks: tuple[Block, ...]
     of_site: dict[Key, tuple[Key, Block]]
+    masked_axes: dict[tuple[str, Key], tuple[np.ndarray | None, ...]]  # by block and key
 
     def key(self, site: Site) -> Key:
         return self.of_site[site.key][0]
@@ -84,83 +37,50 @@ class Storage:
     def block(self, site: Site) -> Block:
         return self.of_site[site.key][1]
 
-    def kept(self, site: Site, position: int) -> np.ndarray | None:
-        """The indices of a free axis that are stored for a site; None: all of them."""
+    def stored(self, site: Site, axis: int) -> np.ndarray | None:
+        """The indices of a free axis that a site's key holds; None: all of them."""
         key, block = self.of_site[site.key]
-        return None if block.kept is None else block.kept[key][position]
+        return None if block.kept is None else block.kept[key][axis]
 
-    def source(self, site: Site, position: int, size: int) -> np.ndarray | None:
-        """For each index of a mode of this size the index of the axis that serves it; None: the same."""
-        stored = self.block(site).free_axes[position].size
-        grouped = self.policies[position] == "group" and stored != size
-        return np.arange(size) * stored // size if grouped else None
+    def kept(self, site: Site, axis: int) -> np.ndarray | None:
+        """The indices of a free axis that masks leave at a site; None: all of them."""
+        key, block = self.of_site[site.key]
+        return self.masked_axes[block.name, key][axis] if self.masking else None
 
-    def rule(self, position: int) -> MaskRule:
-        return next(rule for rule in self.masks if rule.mode == self.use.free[position])
+    def serving(self, site: Site, axis: int, size: int) -> np.ndarray:
+        """For each index of a mode of this size the index of the axis that serves it."""
+        return serving_indices(self.policies[axis], size, self.block(site).free_axes[axis].size)
+
+    def rule(self, axis: int) -> MaskRule:
+        """The rule that masks an axis."""
+        assert self.masking is not None
+        return self.masking.rule(axis)
 
 
-def store(spec: Spec, use: Use, placed: Placed, layouts: Layouts) -> Storage:
+def store(spec: Spec, use: Use, placed: Placed, layouts: Layouts, masking: Masking | None) -> Storage:
     """The blocks that hold a factor for its sites.
 
     Raises:
-        SpecError: a mask, or the policy for a ragged mode, does not fit the sizes.
+        SpecError: a mask, an initialiser, or the policy for a ragged mode does not fit the sizes.
     """
-    wanted = {kind: use.sizes(kind, layouts) for kind in use.names}
-    of_site = {site: (use.key(site), wanted[kind]) for site, kind in placed if kind in use.names}
-    several: dict[Key, set[Sizes]] = defaultdict(set)
-    for key, sizes in of_site.values():
-        several[key].add(sizes)
-    policies = tuple(spec.policy(mode) for mode in use.free)
-    refuse_ragged(spec, use, wanted.values())
-    stored = {key: stored_sizes(spec, use, policies, frozenset(sizes)) for key, sizes in several.items()}
+    users = users_of(spec, use, placed, layouts)
     keys_of: dict[Sizes, list[Key]] = defaultdict(list)
-    for key, by_wanted in stored.items():
-        for sizes in sorted(set(by_wanted.values())):
-            keys_of[sizes].append(key)
+    for key, sizes in users:
+        keys_of[sizes].append(key)
     ragged = [mode for mode, *sizes in zip(use.free, *keys_of, strict=True) if len(set(sizes)) > 1]
-    blocks = {sizes: _block(spec, use, sizes, keys, ragged) for sizes, keys in keys_of.items()}
-    held = {site.key: (key, blocks[stored[key][sizes]]) for site, (key, sizes) in of_site.items()}
-    masks = tuple(rule for rule in spec.masks if rule.factor == use.factor)
-    return Storage(use, policies, masks, tuple(blocks.values()), held)
-
-
-def stored_sizes(spec: Spec, use: Use, policies: tuple[str, ...], wanted: frozenset[Sizes]) -> dict[Sizes, Sizes]:
-    """For each of the sizes that the sites of one key want of a factor, those of the tensor that serves them."""
-    if len(wanted) == 1 or not {"slice", "group"}.intersection(policies):
-        return {sizes: sizes for sizes in wanted}
-    together: dict[Sizes, list[Sizes]] = defaultdict(list)
-    for sizes in wanted:
-        apart = tuple(size for size, policy in zip(sizes, policies, strict=True) if policy not in ("slice", "group"))
-        together[apart].append(sizes)
-    found = {}
-    for several in together.values():
-        columns = zip(policies, *several, strict=True)
-        serving = tuple(min(sizes) if policy == "group" else max(sizes) for policy, *sizes in columns)
-        for sizes in several:
-            for mode, policy, size, least in zip(use.free, policies, sizes, serving, strict=True):
-                if policy == "group" and size % least:
-                    raise fail(
-                        f"mode `{mode}` of factor `{use.factor}` is `group`, but its size {size} is no multiple "
-                        f"of {least}, its least",
-                        spec.factor(use.factor).span or spec.span,
-                    )
-            found[sizes] = serving
-    return found
-
-
-def refuse_ragged(spec: Spec, use: Use, wanted: Iterable[Sizes]) -> None:
-    """Hold what sites want of a factor to `ragged: error`.
-
-    Raises:
-        SpecError: the sizes of a mode differ, and its policy forbids that.
-    """
-    for mode, *sizes in zip(use.free, *wanted, strict=True):
-        if spec.policy(mode) == "error" and len(set(sizes)) > 1:
-            found = " and ".join(map(str, sorted(set(sizes))))
-            raise fail(
-                f"mode `{mode}` of factor `{use.factor}` is ragged, its sizes are {found}, and `ragged: error` forbids it",
-                spec.factor(use.factor).span or spec.span,
-            )
+    blocks, of_site, axes = [], {}, {}
+    for sizes, keys in keys_of.items():
+        mine = {key: users[key, sizes] for key in keys}
+        block = _block(spec, use, sizes, keys, ragged)
+        block = replace(block, names=_names(block, mine, layouts))
+        if masking is not None:
+            kept = _kept(masking, block, sizes, mine)
+            block = _packed(block, kept, masking.by_entries)
+            axes.update({(block.name, key): each.axes for key, each in kept.items()})
+        blocks.append(block)
+        of_site.update({site.key: (key, block) for key, sites in mine.items() for site, _ in sites})
+    policies = tuple(spec.policy(mode) for mode in use.free)
+    return Storage(use, policies, masking, tuple(blocks), of_site, axes)
 
 
 def _block(spec: Spec, use: Use, sizes: Sizes, keys: list[Key], ragged: list[str]) -> Block:
@@ -173,21 +93,53 @@ def _block(spec: Spec, use: Use, sizes: Sizes, keys: list[Key], ragged: list[str
     else:
         axes = (Axis("site", len(keys), tuple(keys)), *(Axis(mode, size) for mode, size in of_mode.items()))
     name = "_".join((use.factor, *(f"{mode}{of_mode[mode]}" for mode in ragged)))
-    rule = spec.factor(use.factor)
-    return Block(name, use.factor, rule, axes, tuple(keys), _kept(spec, use, of_mode, keys))
+    origin = origins(spec, use.factor)[-1]
+    rule, init = spec.factor(use.factor), spec.factor(origin).init
+    return Block(name, use.factor, rule, axes, tuple(keys), origin=origin, init=init)
 
 
 def _grid(labels: list[tuple[str | int, ...]]) -> list[Key]:
     return [()] if not labels else [(first, *rest) for first in labels[0] for rest in _grid(labels[1:])]
 
 
-def _kept(
-    spec: Spec, use: Use, sizes: Mapping[str, int], keys: list[Key]
-) -> dict[Key, tuple[np.ndarray | None, ...]] | None:
-    rules = {rule.mode: rule for rule in spec.masks if rule.factor == use.factor}
-    if not rules:
-        return None
-    return {
-        key: tuple(kept_indices(rules[m], key, size, spec.seed) if m in rules else None for m, size in sizes.items())
-        for key in keys
-    }
+def _names(block: Block, users: Mapping[Key, Users], layouts: Layouts) -> dict[Key, dict[str, float]]:
+    """What names mean in the initialiser, key by key: its own modes the sizes of axes, others what they are at its sites."""
+    own = {axis.mode: axis.size for axis in block.free_axes}
+    spoken = (block.init.power if isinstance(block.init, Spectral) else block.init).names - own.keys()
+    known: dict[frozenset[Kind], dict[str, float]] = {}
+    found = {}
+    for key in block.keys:
+        kinds = frozenset(kind for _, kind in users[key])
+        if kinds not in known:
+            known[kinds] = {
+                name: _one(name, block, [layouts[kind].names[name] for kind in kinds])
+                for name in sorted(spoken)
+                if all(name in layouts[kind].names for kind in kinds)
+            }
+        found[key] = {**known[kinds], **own}
+    return found
+
+
+def _one(name: str, block: Block, values: Sequence[float]) -> float:
+    if len(set(values)) > 1:
+        sizes = " and ".join(f"{value:g}" for value in sorted(set(values)))
+        message = f"`{block.init}` speaks of `{name}`, which is {sizes} at the sites that share factor `{block.name}`"
+        raise fail(f"{message}; expected one size", block.init.span)
+    return values[0]
+
+
+def _kept(masking: Masking, block: Block, sizes: Sizes, users: Mapping[Key, Users]) -> dict[Key, Kept]:
+    """What masks keep of each key of a block: by their rules, or as a checkpoint has it."""
+    if block.name in masking.saved:
+        return dict(zip(block.keys, masking.restored(block.name, block.keys, sizes, users), strict=True))
+    return {key: masking.kept(key, sizes, users[key]) for key in block.keys}
+
+
+def _packed(block: Block, kept: Mapping[Key, Kept], by_entries: bool) -> Block:
+    entries = {key: each.entries for key, each in kept.items() if each.entries is not None}
+    if by_entries:
+        whole = all(len(each) == prod(axis.size for axis in block.free_axes) for each in entries.values())
+        return block if whole else replace(block, entries=entries)
+    axes = {key: each.axes for key, each in kept.items()}
+    masked = any(axis is not None for each in axes.values() for axis in each)
+    return replace(block, kept=axes) if masked else block

@@ -114,16 +114,15 @@ def _kept_atoms(place: _Place, factors: Sequence[_Factor], atoms: Mapping[str, t
         if factor.storage is None:
             continue
         for position, mode in enumerate(factor.modes):
-            stored = factor.storage.kept(place.site, position)
-            if stored is None:
+            left = factor.storage.kept(place.site, position)
+            if left is None:
                 continue
             rule = factor.storage.rule(position)
             if atoms[mode] != (mode,):
                 message = f"`{mode}` cannot be masked: another factor of the product carries a part of it"
                 raise fail(f"{message}; mask one of {listing(atoms[mode])} there instead", rule.span)
-            size = place.layout.sizes[mode]
-            source = factor.storage.source(place.site, position, size)
-            indices = np.flatnonzero(np.isin(np.arange(size) if source is None else source, stored))
+            serving = factor.storage.serving(place.site, position, place.layout.sizes[mode])
+            indices = np.flatnonzero(np.isin(serving, left))
             kept[mode] = np.intersect1d(kept[mode], indices) if mode in kept else indices
             if not len(kept[mode]):
                 raise fail(f"the masks leave nothing of mode `{mode}` at {place.site}", rule.span)
@@ -133,12 +132,18 @@ def _kept_atoms(place: _Place, factors: Sequence[_Factor], atoms: Mapping[str, t
 def _operand(place: _Place, factor: _Factor, atoms: Mapping[str, tuple[str, ...]], kept: Kept) -> Operand:
     storage, sizes, site = factor.storage, place.layout.sizes, place.site
     block = place.base if storage is None else storage.block(site)
-    take = []
+    take: list[Sequence[int] | None] = []
     for position, mode in enumerate(factor.modes):
         used = _flat_indices(atoms[mode], sizes, kept)
-        source = None if storage is None else storage.source(site, position, sizes[mode])
-        stored = None if storage is None else storage.kept(site, position)
-        take.append(_positions(used, source, stored, sizes[mode], block.free_axes[position].size))
+        axis_size = block.free_axes[position].size
+        if storage is None:
+            take.append(None if used is None else tuple(used.tolist()))
+        elif used is None and storage.policies[position] != "group":
+            take.append(None if sizes[mode] == axis_size else range(sizes[mode]))
+        else:
+            serving = storage.serving(site, position, sizes[mode])
+            wanted = serving if used is None else serving[used]
+            take.append(_positions(wanted, storage.stored(site, position), axis_size))
     mine = tuple(atom for mode in factor.modes for atom in atoms[mode])
     left = tuple(len(kept[atom]) if atom in kept else sizes[atom] for atom in mine)
     site_modes = () if storage is None else storage.use.site_modes
@@ -146,25 +151,11 @@ def _operand(place: _Place, factor: _Factor, atoms: Mapping[str, tuple[str, ...]
     return Operand(factor.name, block, mine, left, site_modes, keys, tuple(take))
 
 
-def _positions(
-    used: np.ndarray | None, source: np.ndarray | None, stored: np.ndarray | None, size: int, axis_size: int
-) -> Sequence[int] | None:
-    """Which positions of an axis a product uses, of those that are stored; None: all of them.
-
-    Args:
-        used: the indices of the mode that masks leave, None for all.
-        source: for each index of the mode the index that serves it, None for the same.
-        stored: the indices that are stored, None for all.
-        size: of the mode at the site.
-        axis_size: of the axis before masks.
-    """
-    if used is None and source is None:
-        return None if size == axis_size else range(size)
-    wanted = np.arange(size) if used is None else used
-    wanted = wanted if source is None else source[wanted]
+def _positions(wanted: np.ndarray, stored: np.ndarray | None, axis_size: int) -> tuple[int, ...] | None:
+    """Where the wanted indices of an axis are among those that are stored (None: all of it); None: they are just these."""
     positions = wanted if stored is None else np.searchsorted(stored, wanted)
-    whole = axis_size if stored is None else len(stored)
-    return None if np.array_equal(positions, np.arange(whole)) else tuple(positions.tolist())
+    n_stored = axis_size if stored is None else len(stored)
+    return None if np.array_equal(positions, np.arange(n_stored)) else tuple(positions.tolist())
 
 
 def _flat_indices(atoms: tuple[str, ...], sizes: Mapping[str, int], kept: Kept) -> np.ndarray | None:

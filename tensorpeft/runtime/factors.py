@@ -75,7 +75,7 @@ def _fill(tensor: Tensor, block: Block, seed: int) -> None:
 
 def _key_views(tensor: Tensor, block: Block) -> list[Tensor]:
     """For each key of a block, the view of the tensor that holds its values."""
-    if block.kept is not None:
+    if block.packed:
         parts = tensor.split(block.key_sizes)
         return [part.view(block.key_shape(key)) for part, key in zip(parts, block.keys, strict=True)]
     bound = [i for i, axis in enumerate(block.axes) if axis.labels is not None]

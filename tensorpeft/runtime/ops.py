@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -87,6 +88,11 @@ def select(tensor: Tensor, axis: int, positions: tuple[int, ...]) -> Tensor:
     if positions == tuple(range(positions[0], positions[0] + len(positions))):
         return tensor.narrow(axis, positions[0], len(positions))
     return tensor.index_select(axis, torch.tensor(positions, device=tensor.device))
+
+
+def scatter(values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> Tensor:  # shapes: (n,), (n,)
+    """A tensor of zeros but for some values, at positions of its flat form."""
+    return values.new_zeros(prod(shape)).index_copy(0, positions.to(values.device), values).view(shape)
 
 
 def equation(inputs: Sequence[tuple[object, ...]], output: tuple[object, ...]) -> str:

@@ -33,10 +33,12 @@ class PrologueCode:
         self.cast: dict[str, fx.Node] = {}
         self.parts: dict[fx.Node, fx.Node] = {}
         self.stacks: list[fx.Node] = []
+        self.dense: dict[fx.Node, fx.Node] = {}
+        self.positions: dict[str, torch.Tensor] = {}
 
     def finish(self) -> fx.GraphModule:
         self.graph.output(tuple(self.stacks))
-        return fx.GraphModule({}, self.graph, "Prologue")
+        return fx.GraphModule(self.positions, self.graph, "Prologue")
 
     def stacks_of(self, group: Group, term: Term, link: Link) -> list[tuple[int, tuple[int, ...]]]:
         """The number of a link's stack, and for every site of its group the row in it; several where a site builds the link."""
@@ -92,6 +94,8 @@ class PrologueCode:
 
     def _stacked(self, node: fx.Node, block: Block) -> fx.Node:
         """A whole block as (keys, *free axes)."""
+        if block.entries is not None:
+            return self._scattered(node, block)
         bound = [i for i, axis in enumerate(block.axes) if axis.labels is not None]
         bound.sort(key=lambda i: _KEY_ORDER.index(block.axes[i].mode))
         order = (*bound, *(i for i in range(len(block.axes)) if i not in bound))
@@ -101,8 +105,19 @@ class PrologueCode:
             return self._call("flatten", node, 0, len(bound) - 1)
         return node if bound else self._call("unsqueeze", node, 0)
 
+    def _scattered(self, node: fx.Node, block: Block) -> fx.Node:
+        """A block of which entries are kept, with zeros where there are none: its backward is one gathering."""
+        if node not in self.dense:
+            name = f"positions_{self.graph._graph_namespace.create_name(block.name, None)}"
+            self.positions[name] = torch.from_numpy(block.positions)
+            shape = (len(block.keys), *(axis.size for axis in block.free_axes))
+            self.dense[node] = self.graph.call_function(ops.scatter, (node, self.graph.get_attr(name), shape))
+        return self.dense[node]
+
     def _at_key(self, node: fx.Node, block: Block, key: Key) -> fx.Node:
         """What one key holds, over the free axes."""
+        if block.entries is not None:
+            return self._call("select", self._scattered(node, block), 0, block.keys.index(key))
         if block.kept is not None:
             if node not in self.parts:  # one split for all keys: its backward is one concatenation
                 self.parts[node] = self._call("split", node, block.key_sizes)

@@ -16,6 +16,7 @@ from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.language.text import spec_text
 from tensorpeft.network.network import Block, Network
+from tensorpeft.network.packing import from_file, indices
 from tensorpeft.network.targets import choose, site_rows
 from tensorpeft.runtime.factors import initial_tensor
 
@@ -39,7 +40,8 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
         factors=factors,
         library=__version__,
     )
-    return write(Path(folder), header, {name: tensor for name, tensor in tensors.items() if factors[name].stored})
+    masks = {b.name: indices(b) for b in network.blocks if b.packed and from_file(network.spec, b.factor)}
+    return write(Path(folder), header, {name: tensors[name] for name in tensors if factors[name].stored}, masks)
 
 
 def restored(saved: Saved, network: Network) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tensorpeft.compile import front
+from tensorpeft.language.errors import SpecError
 from tensorpeft.network.families import model_shape
 from tensorpeft.network.initial import initial_values
 from tensorpeft.network.network import Block, Key, Network
@@ -192,3 +193,65 @@ def test_another_factor_or_rank_changes_no_number() -> None:
     longer = lora.replace("* A", "* C[r] * A").replace("r: 4", "r: 9")
     few, many = of(lora, "A"), of(longer, "A")
     assert all(np.array_equal(few[(layer,), (4, 64)], many[(layer,), (9, 64)][:4]) for layer in range(3))
+
+
+def test_arithmetic_over_sizes() -> None:
+    spec = PAIR.format("normal(1 / sqrt(d_in + d_out))")
+    for (key, _), drawn in of(spec.replace("B[matrix, layer, d_out, r]", "B[matrix, layer, r, d_out]"), "A").items():
+        d_out = 64 if key[0] == "query" else 32
+        assert abs(drawn.std() * np.sqrt(64 + d_out) - 1) < 0.1
+    assert all((value == 16 / 64).all() for value in of(PAIR.format("constant(r / d_in)"), "A").values())
+
+
+def test_arithmetic_over_sizes_that_differ() -> None:
+    text = "update: B[matrix, layer, d_out, r] * A[layer, r, d_in]\nrank: {r: 4}\n"
+    text += "factors: {B: {init: zeros}, A: {init: normal(1 / d_out)}}"
+    with pytest.raises(SpecError) as caught:
+        network_of(text)
+    assert caught.value.problems[0].message == (
+        "`normal(1 / d_out)` speaks of `d_out`, which is 32 and 64 at the sites that share factor `A`; expected one size"
+    )
+
+
+def test_formulas_over_indices() -> None:
+    text = PAIR.format("formula(r / size(r) + 2 * equal(mod(d_in, 3), 1) - d_in ** 2 * cos(pi * r))")
+    for (_, shape), value in of(text, "A").items():
+        r, d_in = np.ogrid[:16, :64]
+        expected = r / 16 + 2 * (d_in % 3 == 1) - d_in**2 * np.cos(np.pi * r)
+        assert shape == (16, 64)
+        np.testing.assert_allclose(value, expected, rtol=1e-14)
+    masked = network_of(text + "\nmask: {'A[r, d_in]': keep(30), 'B[d_out]': keep(3)}")
+    block = next(block for block in masked.blocks if block.factor == "A")
+    for key, value in values(block).items():
+        assert np.array_equal(value, of(text, "A")[key, (16, 64)].ravel()[block.entries[key]])
+
+
+def test_a_formula_without_a_value() -> None:
+    with pytest.raises(SpecError, match=r"`1 / d_in` has no finite value at some index"):
+        of(PAIR.format("formula(1 / d_in)"), "A")
+
+
+def test_orthogonal_and_identity() -> None:
+    drawn = of(PAIR.format("orthogonal"), "A")
+    for value in drawn.values():
+        np.testing.assert_allclose(value @ value.T, np.eye(16), atol=1e-14)
+    assert len({value.tobytes() for value in drawn.values()}) == 6
+    tall = of(PAIR.format("orthogonal").replace("A[matrix, layer, r, d_in]", "A[matrix, layer, d_in, r]"), "A")
+    for value in tall.values():
+        np.testing.assert_allclose(value.T @ value, np.eye(16), atol=1e-14)
+    assert all(np.array_equal(value, np.eye(16, 64)) for value in of(PAIR.format("identity"), "A").values())
+
+
+def test_a_copy_starts_from_the_numbers_of_another() -> None:
+    text = "update: B[layer, d_out, r] * A[layer, r, d_in] - B0[layer, d_out, r] * A0[layer, r, d_in]\nrank: {r: 4}\n"
+    text += "factors: {B: {init: normal(1)}, B0: {init: start(B), frozen: true}, A0: {init: start(A), frozen: true}}\n"
+    for mask in ("", "mask: {'A[d_in]': keep(7), 'B[d_out, r]': keep(0.3)}"):
+        blocks = {block.name: block for block in network_of(text + mask, "{matrices: [query]}").blocks}
+        for name in ("A", "B"):
+            first, copy = values(blocks[name]), values(blocks[f"{name}0"])
+            assert first.keys() == copy.keys()
+            assert all(np.array_equal(first[key], copy[key]) and np.abs(copy[key]).max() > 0.1 for key in first)
+            assert blocks[name].shape == blocks[f"{name}0"].shape
+            assert blocks[f"{name}0"].seeded
+    shown = str(network_of(text, "{matrices: [query]}"))
+    assert "start(B), seeded" in shown

@@ -43,7 +43,7 @@ def test_frozen_values() -> None:
         "0xaa9c112d29218d50",
         "0xb8ad524bd2eed1d3",
     ]
-    grid = [np.arange(2), np.arange(2)]
+    grid = np.ix_(np.arange(2), np.arange(2))
     assert random.uniform(state, grid).tolist() == [
         [0.8203228469599102, 0.4877371695260245],
         [0.4890642626412314, 0.3377870499533723],
@@ -57,15 +57,15 @@ def test_frozen_values() -> None:
 @pytest.mark.parametrize("seed", [0, 1, 2**63 + 5])
 def test_equals_its_definition(seed: int) -> None:
     rows, columns = [0, 5, 4095], [2, 3]
-    found = random.bits(random.stream(seed, "B", ("gate", 31)), [np.array(rows), np.array(columns)])
+    found = random.bits(random.stream(seed, "B", ("gate", 31)), np.ix_(rows, columns))
     for (i, row), (j, column) in itertools.product(enumerate(rows), enumerate(columns)):
         assert int(found[i, j]) == by_definition(seed, "B", ("gate", 31, row, column))
 
 
 def test_a_part_of_a_grid_has_the_numbers_of_the_whole() -> None:
     state, rows, columns = random.stream(3, "A"), np.array([7, 2, 30]), np.array([1, 0])
-    whole = random.standard_normal(state, [np.arange(40), np.arange(5)])
-    assert np.array_equal(random.standard_normal(state, [rows, columns]), whole[np.ix_(rows, columns)])
+    whole = random.standard_normal(state, np.ix_(np.arange(40), np.arange(5)))
+    assert np.array_equal(random.standard_normal(state, np.ix_(rows, columns)), whole[np.ix_(rows, columns)])
 
 
 def test_every_coordinate_counts() -> None:
@@ -80,7 +80,7 @@ def test_no_seed_is_too_large() -> None:
 
 def test_uniform_numbers_are_uniform() -> None:
     for seed in range(3):
-        drawn = random.uniform(random.stream(seed, "A", ("query", 0)), [np.arange(300), np.arange(100)])
+        drawn = random.uniform(random.stream(seed, "A", ("query", 0)), np.ix_(np.arange(300), np.arange(100)))
         assert 0 <= drawn.min() < drawn.max() < 1
         assert np.array_equal(drawn * 2**53, np.floor(drawn * 2**53))
         assert stats.kstest(drawn.ravel(), "uniform").pvalue > 1e-3
@@ -90,7 +90,7 @@ def test_uniform_numbers_are_uniform() -> None:
 
 def test_normal_numbers_are_normal() -> None:
     for seed in range(3):
-        drawn = random.standard_normal(random.stream(seed, "A"), [np.arange(200), np.arange(200)]).ravel()
+        drawn = random.standard_normal(random.stream(seed, "A"), np.ix_(np.arange(200), np.arange(200))).ravel()
         assert stats.kstest(drawn, "norm").pvalue > 1e-3
         assert abs(stats.skew(drawn)) < 0.06
         assert abs(stats.kurtosis(drawn)) < 0.12

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -105,6 +106,18 @@ def unpacked(block: Block, flat: Tensor) -> Tensor:
     """A masked factor as a whole tensor, zero where nothing is stored."""
     whole = flat.new_zeros([axis.size for axis in block.axes])
     for key, values in zip(block.keys, flat.split(block.key_sizes), strict=True):
+        if block.entries is not None:
+            sizes = [axis.size for axis in block.free_axes]
+            of_key = {
+                axis.mode: n
+                for axis, n in zip(block.free_axes, np.unravel_index(block.entries[key], sizes), strict=True)
+            }
+            at = [
+                torch.as_tensor(of_key[a.mode] if a.labels is None else a.labels.index(label_of(a.mode, key, block)))
+                for a in block.axes
+            ]
+            whole = whole.index_put(at, values)
+            continue
         kept = iter(block.kept[key])
         index = []
         for axis in block.axes:
@@ -200,7 +213,7 @@ def contracted(product: Product, factors: list[Tensor], site: Site, modes: Modes
 def whole_tensors(adapter: tp.Adapter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of the blocks, the masked ones unpacked."""
     blocks = {block.name: block for block in adapter.network.blocks}
-    return {n: t if blocks[n].kept is None else unpacked(blocks[n], t) for n, t in tensors.items()}
+    return {n: t if not blocks[n].packed else unpacked(blocks[n], t) for n, t in tensors.items()}
 
 
 def updates(adapter: tp.Adapter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -57,7 +57,7 @@ def attached(base: nn.Module, name: str, tokens: int = 4096) -> tp.Adapter:
 def dense(base: nn.Module, adapter: tp.Adapter, factors: dict[str, Tensor]) -> dict[str, Tensor]:
     """dW of every module, each product by one einsum."""
     blocks = {block.name: block for block in adapter.network.blocks}
-    whole = {n: f if blocks[n].kept is None else unpacked(blocks[n], f) for n, f in factors.items()}
+    whole = {n: f if not blocks[n].packed else unpacked(blocks[n], f) for n, f in factors.items()}
     found: dict[str, Tensor] = {}
     for site in adapter.sites:
         module = base.get_submodule(site.module)

@@ -30,7 +30,7 @@ def attached(architecture: str, spec: str, dtype: torch.dtype) -> tuple[nn.Modul
 def naive_updates(adapter: tp.Adapter, factors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """dW (tasks?, d_out, d_in) of every module by the formula of the method, computed in ``dtype``."""
     blocks = {block.name: block for block in adapter.network.blocks}
-    factors = {n: (f if blocks[n].kept is None else unpacked(blocks[n], f)).to(dtype) for n, f in factors.items()}
+    factors = {n: (f if not blocks[n].packed else unpacked(blocks[n], f)).to(dtype) for n, f in factors.items()}
     name = "lora" if adapter.spec.name == "partial_lora" else adapter.spec.name
     d_out = {site.matrix: site.d_out for site in adapter.sites}
     order = ("query", "key", "value", "out")

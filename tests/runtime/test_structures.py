@@ -24,8 +24,6 @@ from tests.structures import CASES, STRUCTURES, model
 MEANINGLESS = re.compile(
     "nothing joins|its masks differ|so it is not ragged|cannot be masked|the masks leave nothing|twice, once within"
 )
-    "nothing joins|its masks differ|so it is not ragged|cannot be masked|the masks leave nothing|twice, once within"
-)
 
 
 RANDOM = partial(randomise, std=0.5)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import product
 from pathlib import Path
@@ -219,13 +218,10 @@ def explain(spec: str, model: str, settings: Sequence[str], form: str, output: P
 
 
 def _code(plan: Plan) -> Iterator[Listing]:
-    """The emitted functions: the prologue, and every distinct site program with the number of its sites."""
+    """The emitted functions: the prologue, and those of every kind of input set."""
     from tensorpeft.runtime.emit import emit
 
-    emitted = emit(plan)
-    yield Listing("once per forward pass", emitted.prologue.code.strip())
-    sites = Counter(call.code.code for call in emitted.calls)
-    yield from (Listing(f"at {n} sites", code.strip()) for code, n in sites.items())
+    yield from (Listing(title, code) for title, code in emit(plan).listings())
 
 
 def _watched(given: Iterable[T]) -> Iterable[T]:

@@ -256,8 +256,12 @@ def test_explain():
     assert re.search(r"A_width +width 768 x r 2 +1,536 +trained", shown)
     assert re.search(r"r +2 +A_matrix, .*, A_width +bond, summed over, copy tensor, in the minimum cut", shown)
     assert "a forward pass of 4,096 tokens" in shown
-    assert "# once per forward pass\ndef forward(self, dtype, " in shown
-    assert "# at 48 sites\ndef forward(self, x, y, " in shown
+    assert "# once per forward pass\ndef prologue(dtype, " in shown
+    assert re.search(
+        r"# at 12 inputs like that of .*q_proj, .*k_proj, .*v_proj: what its sites .*\ndef forward\(x, ", shown
+    )
+    assert shown.count("def landing(y, ") == 4
+    assert shown.count("def backward(g0, ") == 2
 
 
 def test_explain_as_data():
@@ -269,7 +273,15 @@ def test_explain_as_data():
     cut = [mode for mode in product["modes"] if mode["minimum_cut"]]
     assert cut == [{"name": "r", "kind": "bond", "sizes": [8], "copy": False, "minimum_cut": True}]
     assert sum(step["flops"] * step["runs"] for step in shown["steps"]) == 24 * 4096 * 2 * 8 * 2 * 768
-    assert [listing["caption"] for listing in shown["code"]] == ["once per forward pass", "at 24 sites"]
+    query, value = (f"layers.0.attention.{role}_proj" for role in "qv")
+    where = f"at 12 inputs like that of {query}, {value}"
+    assert [listing["caption"] for listing in shown["code"]] == [
+        "once per forward pass",
+        f"{where}: what its sites have in common",
+        f"{where}: the output of {query}",
+        f"{where}: the output of {value}",
+        f"{where}: backward",
+    ]
 
 
 def test_explain_without_torch(monkeypatch):
@@ -277,7 +289,7 @@ def test_explain_without_torch(monkeypatch):
     result = call("explain", "lora", "--model", "vit-base")
     assert result.exit_code == 0
     assert result.stdout.startswith("lora on vit-base")
-    assert "def forward" not in result.stdout
+    assert "def prologue" not in result.stdout
     assert result.stderr == "torch is not installed, so there is no code to show\n"
 
 

@@ -46,7 +46,7 @@ def report_of(plan: Plan) -> Report:
         shared=owned[None],
         base=model.n_parameters,
         flops_per_token=plan.flops_per_token,
-        flops_per_forward=sum(group.prologue_flops for group in plan.groups),
+        flops_per_forward=plan.prologue_flops,
         lora_rank=max((entry.lora_rank for entry in matrices), default=0),
         factors=tuple(map(_factor, network.blocks)),
         modes=_modes(network),

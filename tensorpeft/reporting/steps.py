@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from math import prod
 
 from tensorpeft.network.network import Term
-from tensorpeft.planning.plan import TOKEN, GroupPlan, Link, Plan, operand_modes, site_axes, site_sizes
+from tensorpeft.planning.cost import Built, prologue_key
+from tensorpeft.planning.plan import SITE, TOKEN, GroupPlan, Link, Plan, operand_modes, site_sizes
 from tensorpeft.reporting.panels import sites_of, span_of
 from tensorpeft.reporting.report import FLOAT_BYTES
 from tensorpeft.reporting.table import Cell, Table
@@ -29,35 +30,46 @@ class Step:
     bytes: int  # of the two tensors read and of the one written, in float32
 
     def __str__(self) -> str:
-        (left, right, result) = (f"{name}[{', '.join(modes)}]" for name, modes in (self.left, self.right, self.result))
+        (left, right, result) = (f"{name}[{_told(modes)}]" for name, modes in (self.left, self.right, self.result))
         return f"{result} = {left} * {right}"
+
+
+def _told(modes: Iterable[str]) -> str:
+    return ", ".join(mode.strip("<>") for mode in modes)  # no mode of a spec has brackets
 
 
 def steps(plan: Plan) -> tuple[Step, ...]:
     """What is done once, on factors alone, and then what is done at each site; group by group."""
-    return tuple(step for group in plan.groups for step in _group(group, plan.regime.tokens))
+    made: Built = set()
+    return tuple(step for group in plan.groups for step in _group(group, plan.regime.tokens, made))
 
 
-def _group(plan: GroupPlan, tokens: int) -> Iterator[Step]:
+def _group(plan: GroupPlan, tokens: int, made: Built) -> Iterator[Step]:
     group = plan.group
     where = sites_of(group.sites)
     for chain, term in zip(plan.chains, group.terms, strict=True):
         sizes = {**term.sizes, **site_sizes(group), TOKEN: tokens, "task": 1}
         for link in chain.links:
-            yield from _prologue(plan, term, link, where, {**term.sizes, **site_sizes(group)})
+            runs = (len(plan.bundles) if link.shared else len(group.sites)) if link.at_site else 1
+            if prologue_key(term, link) not in made or link.at_site:
+                yield from _building(plan, term, link, where, runs)
+            made.add(prologue_key(term, link))
         name = "x"
         for at, link in enumerate(chain.links):
             result = "y" if at == len(chain.links) - 1 else f"x{at + 1}"
             tensor = (_name(term, link), link.modes)
-            yield _step(where, len(group.sites), (name, link.before), tensor, (result, link.after), sizes)
+            before, after = (tuple(mode for mode in modes if mode != SITE) for modes in (link.before, link.after))
+            runs = len(plan.bundles) if link.shared else len(group.sites)  # sites that read one tensor share a step
+            yield _step(where, runs, (name, before), tensor, (result, after), sizes)
             name = result
 
 
-def _prologue(plan: GroupPlan, term: Term, link: Link, where: str, sizes: Mapping[str, int]) -> Iterator[Step]:
-    """The steps that build a link's tensor: for all sites at once, or, where it contains the base weight, at each."""
-    operands, runs = [term.operands[i] for i in link.operands], len(plan.group.sites) if link.at_site else 1
+def _building(plan: GroupPlan, term: Term, link: Link, where: str, runs: int) -> Iterator[Step]:
+    """The steps that build a link's tensor: for all sites at once, or at each."""
+    sizes = {**term.sizes, **site_sizes(plan.group)}
+    operands = [term.operands[i] for i in link.operands]
     live = [(o.factor, o.modes if link.at_site else operand_modes(plan.group, o)) for o in operands]
-    final = link.modes if link.at_site else (*site_axes(plan.group, set(link.site_modes)), *link.modes)
+    final = (*link.site_modes, *link.modes)
     for path in link.path:
         left, right = (live[i] for i in path)
         live = [tensor for i, tensor in enumerate(live) if i not in path]
@@ -98,4 +110,6 @@ def _costs(each: Iterable[Step]) -> tuple[int, int]:
 
 
 def _sizes(each: list[Step]) -> str:
-    return ", ".join(f"{mode} {span_of({dict(step.sizes)[mode] for step in each})}" for mode, _ in each[0].sizes)
+    return ", ".join(
+        f"{_told([mode])} {span_of({dict(step.sizes)[mode] for step in each})}" for mode, _ in each[0].sizes
+    )

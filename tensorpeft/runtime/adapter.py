@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -21,9 +21,9 @@ from tensorpeft.runtime.emit import emit
 from tensorpeft.runtime.extras import Extras
 from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.hooks import Attachment
+from tensorpeft.runtime.prologue import Stacks
+from tensorpeft.runtime.set_run import SetRun
 from tensorpeft.runtime.weights import base_weight
-
-Stacks = tuple[tuple[Tensor, ...], ...]  # of each link of the plan: its tensor for every row
 
 
 class Adapter(nn.Module):
@@ -55,6 +55,15 @@ class Adapter(nn.Module):
     @property
     def spec(self) -> Spec:
         return self.plan.network.spec
+
+    @property
+    def places(self) -> dict[str, list[tuple[int, int]]]:
+        """Of every module that has a site: its input sets, by number, and which of their modules it is."""
+        found: dict[str, list[tuple[int, int]]] = {}
+        for number, call in enumerate(self._code.sets):
+            for place, site in enumerate(call.modules):
+                found.setdefault(site.module, []).append((number, place))
+        return found
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -188,23 +197,43 @@ class Adapter(nn.Module):
     def forget(self) -> None:
         """Drop the prologue's results: the next site computes them from the factors as they then are."""
         self._stacks: dict[tuple[Any, ...], Stacks] = {}
+        self._runs: dict[int, SetRun] = {}
 
-    def update(self, number: int, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The output y (..., d_out) of a site's module for the input x (..., d_in), with the update added."""
-        call = self._code.calls[number]
-        if x.dtype != y.dtype:  # under autocast the base has cast its own copy
-            x = x.to(y.dtype)
+    def drop_runs(self) -> None:
+        """Drop what sites were to share that were not called."""
+        self._runs = {}
+        if prologue.is_traced():  # else it would be a result of the compiled model
+            self._stacks = {}
+
+    def update(self, number: int, place: int, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The output y (..., d_out) of a module for the input x (..., d_in), with the update of its sites added.
+
+        ``number`` is that of an input set, ``place`` that of the module in it.
+        """
         stacks = self._current(y.dtype, y.device)
-        pieces = [stacks[piece.stack][piece.row] for piece in call.pieces]
-        indices = [index.to(y.device) for index in call.indices]
-        if call.by_base:
-            indices.insert(0, base_weight(self, module, call.site).to(y.dtype))
-        if not call.by_task:
-            return call.code.forward(x, y, *indices, *pieces)
-        ids = self._checked_ids(x, call.site)
-        if x.dim() == 2:  # (batch, d_in): one token a row
-            return call.code.forward(x.unsqueeze(1), y.unsqueeze(1), ids, *indices, *pieces).squeeze(1)
-        return call.code.forward(x, y, ids, *indices, *pieces)
+        run = self._runs.pop(number, None)
+        if run is None or not run.fits(place, x, stacks):
+            run = SetRun(self._code.sets[number], stacks, x, self._given(number, module, x, y), y.dtype)
+        y = run.land(place, y)
+        if run.waiting:
+            self._runs[number] = run
+        return y
+
+    def _given(self, number: int, module: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+        """What an input set is given beside its input and the prologue's results."""
+        call = self._code.sets[number]
+        given: dict[str, Any] = {"training": self.training, **self._indices(y.device)[1][number]}
+        if call.program.kind.by_base:
+            given["w"] = base_weight(self, module, call.modules[0]).to(y.dtype)
+        if call.program.kind.by_task:
+            given["ids"] = self._checked_ids(x, call.modules[0])
+        return given
+
+    def _indices(self, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]:
+        """The constant indices of the emitted code, on a device."""
+        if device not in self._placed:
+            self._placed[device] = self._code.to(device)
+        return self._placed[device]
 
     def _checked_ids(self, x: Tensor, site: Site) -> Tensor:
         if self._ids is None:
@@ -225,28 +254,32 @@ class Adapter(nn.Module):
         and checkpointing, which runs parts of the forward again during the backward pass and must meet the same tensors.
         """
         factors = tuple(self.factors[name] for name in self._code.inputs)
-        mode = () if torch.compiler.is_compiling() else _mode(factors)
-        if (dtype, device, mode) not in self._stacks:
-            stacks = prologue.run(self._code.prologue, dtype, factors)
-            self._stacks = {state: kept for state, kept in self._stacks.items() if state[-1] == mode}
-            self._stacks[dtype, device, mode] = tuple(stack.to(device).unbind() for stack in stacks)
-        return self._stacks[dtype, device, mode]
+        state = () if prologue.is_traced() else _state(factors)
+        if (dtype, device, state) not in self._stacks:
+            indices = self._indices(factors[0].device)[0]
+            stacks = prologue.run(self._code.prologue, dtype, device, factors, indices)
+            self._stacks = {key: kept for key, kept in self._stacks.items() if key[-1] == state}
+            self._stacks[dtype, device, state] = stacks
+        return self._stacks[dtype, device, state]
 
     # Copies: without emitted code and the prologue's results, which follow from the rest
 
     def _emit(self) -> None:
         self._code = emit(self.plan)
+        self._placed: dict[torch.device, tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]] = {}
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_code", "_stacks")}
+        return {
+            key: value for key, value in self.__dict__.items() if key not in ("_code", "_placed", "_stacks", "_runs")
+        }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._emit()
 
 
-def _mode(factors: tuple[Tensor, ...]) -> tuple[bool | int, ...]:
+def _state(factors: tuple[Tensor, ...]) -> tuple[bool | int, ...]:
     """What the prologue's results depend on, beside their dtype and device: what is recorded, and the factors' versions."""
     versions = (-1 if factor.is_inference() else factor._version for factor in factors)
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *versions

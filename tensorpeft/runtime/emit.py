@@ -1,86 +1,200 @@
 """Plan -> torch code, through torch.fx.
 
-Two kinds of functions are emitted. The **prologue** takes the stored blocks and returns *stacks*: for each link its tensor at
-every site, stacked over the first axis. A **site program** takes an activation, the base's output and the tensors of one site,
-and returns the output with the update added.
+The **prologue** takes the stored blocks and returns *stacks*: the tensors that sites are given, one row for each that differs.
+Each **kind** of input set has functions of its own (``set_code``); an input set is a kind and its rows of the stacks.
 """
 
 from __future__ import annotations
 
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 
-from tensorpeft.network.network import Group
+from tensorpeft.network.network import Group, Term
 from tensorpeft.network.shapes import Rows, Site
+from tensorpeft.planning.chain import Bundles
 from tensorpeft.planning.plan import Plan
-from tensorpeft.runtime.prologue_code import PrologueCode
-from tensorpeft.runtime.site_code import site_program
+from tensorpeft.planning.sets import InputSet
+from tensorpeft.runtime.program import SetProgram, program
+from tensorpeft.runtime.prologue_code import Part, PrologueCode
+from tensorpeft.runtime.set_kind import Head, Place, SetKind
+from tensorpeft.runtime.strand import Strand, strands
 
 
 @dataclass(frozen=True)
-class Piece:
-    """Where a site finds the tensor of a link: which stack, and which row of it."""
+class SetCall:
+    """What happens at one input set: its program, and what that is given."""
 
-    stack: int
-    row: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """What happens at one site: its program, and what it is given.
-
-    The program's arguments are x, y, the task ids if ``by_task``, the base weight if ``by_base``, the kept columns and rows if
-    masked (``indices``), and the pieces in order.
-    """
-
-    site: Site
-    code: fx.GraphModule
-    by_task: bool
-    by_base: bool
-    indices: tuple[Tensor, ...]
-    pieces: tuple[Piece, ...]
+    program: SetProgram
+    modules: tuple[Site, ...]  # the first site of each module
+    pieces: tuple[tuple[int, int], ...]  # of each: which stack, and which row of it
+    indices: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
 class Emitted:
-    """All emitted code of an adapter, with one call for each site of the network, in its order."""
+    """All emitted code of an adapter."""
 
     prologue: fx.GraphModule
     inputs: tuple[str, ...]  # names of the blocks that the prologue takes, in order
-    calls: tuple[Call, ...]
+    indices: tuple[Tensor, ...]  # and behind them these
+    sets: tuple[SetCall, ...]
+
+    def to(self, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]:
+        """The indices of the prologue and of the sets, on a device."""
+        of_sets = (
+            dict(zip(call.indices, (i.to(device) for i in call.indices.values()), strict=True)) for call in self.sets
+        )
+        return tuple(index.to(device) for index in self.indices), tuple(of_sets)
+
+    def listings(self) -> Iterator[tuple[str, str]]:
+        """The text of every function, with what it is for."""
+        yield "once per forward pass", listing("prologue", self.prologue)
+        counts = Counter(call.program for call in self.sets)
+        for call in {call.program: call for call in reversed(self.sets)}.values():
+            modules = ", ".join(site.module for site in call.modules)
+            where = f"at {counts[call.program]} inputs like that of {modules}"
+            yield f"{where}: what its sites have in common", listing("forward", call.program.forward.code)
+            for function, site in zip(call.program.landings, call.modules, strict=True):
+                yield f"{where}: the output of {site.module}", listing("landing", function.code)
+            yield f"{where}: backward", listing("backward", call.program.whole.code)
+
+
+def listing(name: str, code: fx.GraphModule) -> str:
+    """Emitted code as it is read: a function of that name, without what only frees memory."""
+    text = re.sub(r"; ( *\w+ =)+ None", "", code.code.strip())
+    return text.replace("def forward(self, ", f"def {name}(").replace("tensorpeft_runtime_ops_", "ops.").rstrip()
 
 
 def emit(plan: Plan) -> Emitted:
-    """The code of a plan. Sites with the same code share one module."""
+    """The code of a plan."""
     prologue = PrologueCode(plan)
-    calls: list[Call] = []
-    known: dict[str, fx.GraphModule] = {}
-    for group_plan in plan.groups:
-        group = group_plan.group
-        stacked = [
-            stack
-            for term, chain in zip(group.terms, group_plan.chains, strict=True)
-            for link in chain.links
-            for stack in prologue.stacks_of(group, term, link)
-        ]
-        by_rows: dict[Rows | None, fx.GraphModule] = {}
-        for number, site in enumerate(group.sites):
-            if site.rows not in by_rows:
-                code = site_program(group_plan, site.rows)
-                by_rows[site.rows] = known.setdefault(code.code, code)
-            pieces = tuple(Piece(stack, rows[number]) for stack, rows in stacked)
-            calls.append(
-                Call(site, by_rows[site.rows], group_plan.by_task, group_plan.by_base, _indices(group, site), pieces)
-            )
-    return Emitted(prologue.finish(), tuple(prologue.inputs), tuple(calls))
+    alike: dict[object, list[InputSet]] = defaultdict(list)
+    for each in plan.sets:
+        alike[_signature(plan, each)].append(each)
+    calls = [call for sets in alike.values() for call in _kind(plan, prologue, sets)]
+    code = prologue.finish()
+    indices = tuple(torch.from_numpy(index) for _, index in prologue.indices.values())
+    return Emitted(code, tuple(prologue.inputs), indices, tuple(calls))
 
 
-def _indices(group: Group, site: Site) -> tuple[Tensor, ...]:
-    """For each product, the kept columns of the input and the kept rows among the module's outputs, if masks drop some."""
-    found = []
-    for term in group.terms:
-        rows = None if term.rows is None else site.row_indices()[term.rows]
-        found += [torch.from_numpy(index) for index in (term.columns, rows) if index is not None]
-    return tuple(found)
+def taken(term: Term) -> dict[str, Tensor]:
+    """What a product takes of the base weight, where masks cut an axis."""
+    return {
+        f"take{number}_{axis}_": torch.tensor(list(positions))
+        for number, operand in enumerate(term.operands)
+        if operand.is_base
+        for axis, positions in enumerate(operand.take)
+        if positions is not None
+    }
+
+
+def _signature(plan: Plan, each: InputSet) -> object:
+    """Sets of one signature have their sites in the same groups, and in modules of the same make."""
+    return tuple((bundle.group, len(bundle.sites)) for bundle in each.bundles), _modules(plan, each)[1]
+
+
+def _modules(
+    plan: Plan, each: InputSet
+) -> tuple[dict[str, list[Site]], tuple[tuple[tuple[int, int, Rows | None], ...], ...]]:
+    """The modules of a set with their sites; and for each site its bundle, its number there, and its rows."""
+    sites: dict[str, list[Site]] = defaultdict(list)
+    places: dict[str, list[tuple[int, int, Rows | None]]] = defaultdict(list)
+    for at, bundle in enumerate(each.bundles):
+        for member, number in enumerate(bundle.sites):
+            site = plan.groups[bundle.group].group.sites[number]
+            sites[site.path].append(site)
+            places[site.path].append((at, member, site.rows))
+    return sites, tuple(map(tuple, places.values()))
+
+
+def _kind(plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> list[SetCall]:
+    """The calls of input sets of one signature."""
+    given = _Given(plan, prologue, sets)
+    found, places = _modules(plan, sets[0])
+    kind = SetKind(
+        strands=tuple(given.strands),
+        pieces=tuple(map(tuple, given.pieces)),
+        trainable=tuple(given.trainable),
+        heads=given.heads(),
+        modules=tuple(tuple(Place(given.of_bundle[b], member, rows) for b, member, rows in each) for each in places),
+        d_in=next(iter(found.values()))[0].d_in,
+        d_out=tuple(sites[0].module_d_out for sites in found.values()),
+        dropout=dict(plan.network.spec.dropout).get("x", 0.0),
+    )
+    calls = []
+    for n, each in enumerate(sets):
+        modules = tuple(sites[0] for sites in _modules(plan, each)[0].values())
+        pieces = tuple((stack, rows[n]) for stack, rows in given.stacks)
+        calls.append(SetCall(program(kind), modules, pieces, given.indices))
+    return calls
+
+
+class _Given:
+    """What input sets of one signature are given."""
+
+    def __init__(self, plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> None:
+        self.prologue = prologue
+        self.strands: list[Strand] = []
+        self.of_bundle: list[tuple[int, ...]] = []
+        self.stacks: list[tuple[int, tuple[int, ...]]] = []  # of each piece: its stack, and the row of each set
+        self.trainable: list[bool] = []
+        self.pieces: list[list[int]] = []  # of each strand
+        self.indices: dict[str, Tensor] = {}
+        self._first: dict[int, Part] = {}  # of each strand that shares its first link
+        dropout = dict(plan.network.spec.dropout)
+        for at, bundle in enumerate(sets[0].bundles):
+            planned = plan.groups[bundle.group]
+            mine = strands(planned, len(bundle.sites), dropout)
+            self.of_bundle.append(tuple(range(len(self.strands), len(self.strands) + len(mine))))
+            for term, strand in zip(planned.group.terms, mine, strict=True):
+                self._add(planned.group, term, strand, tuple(each.bundles[at].sites for each in sets))
+
+    def _add(self, group: Group, term: Term, strand: Strand, bundles: Bundles) -> None:
+        number = len(self.strands)
+        self.strands.append(strand)
+        self.pieces.append([])
+        for met in strand.met:
+            for piece in met.pieces:
+                part = None if piece.is_base else self.prologue.part(group, term, met.link, piece, bundles)
+                if part is None or (strand.has_head and met is strand.met[0]):
+                    self.pieces[-1].append(-1)
+                else:
+                    self.pieces[-1].append(self._piece([part], piece.trainable))
+                if strand.has_head and met is strand.met[0]:
+                    assert part is not None
+                    self._first[number] = part
+        if term.columns is not None:
+            self.indices[f"columns{number}"] = torch.from_numpy(term.columns)
+        for name, positions in taken(term).items():
+            self.indices[f"{name}{number}"] = positions
+        if term.rows is not None:
+            for member, site in enumerate(bundles[0]):
+                rows = group.sites[site].row_indices()[term.rows]
+                self.indices[f"rows{number}_{member}"] = torch.from_numpy(rows)
+
+    def _piece(self, parts: Sequence[Part], trainable: bool) -> int:
+        self.stacks.append(self.prologue.stack(parts))
+        self.trainable.append(trainable)
+        return len(self.stacks) - 1
+
+    def heads(self) -> tuple[Head, ...]:
+        """The first links that are one product: apart are those that train, and those that are the same for every set."""
+        classes: dict[tuple[bool, bool], dict[tuple[object, ...], list[int]]] = defaultdict(dict)
+        for number, part in self._first.items():
+            trainable = self.strands[number].met[0].link.trainable
+            same = classes[trainable, part.count > 1].setdefault((part.node, part.rows), [])
+            same.append(number)
+        heads = []
+        for (trainable, _), alike in classes.items():
+            parts = [self._first[numbers[0]] for numbers in alike.values()]
+            columns, start = [], 0
+            for part, numbers in zip(parts, alike.values(), strict=True):
+                columns += [(number, start, part.shape[0]) for number in numbers]
+                start += part.shape[0]
+            heads.append(Head(self._piece(parts, trainable), trainable, start, tuple(columns)))
+        return tuple(heads)

@@ -17,21 +17,21 @@ PREFIX = "tensorpeft_"  # of the adapter's name among the model's submodules
 
 
 class SiteHook:
-    """Adds an adapter's update to the output of one module, for each site that lies in it."""
+    """Adds an adapter's update to the output of one module, for each input set that has sites in it."""
 
-    def __init__(self, adapter: Adapter, numbers: tuple[int, ...]) -> None:
+    def __init__(self, adapter: Adapter, places: list[tuple[int, int]]) -> None:
         self.adapter = adapter
-        self.numbers = numbers
+        self.places = places
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
         if self.adapter.enabled:
             x = args[0] if args else next(iter(named.values()))
-            for number in self.numbers:
-                output = self.adapter.update(number, module, x, output)
+            for number, place in self.places:
+                output = self.adapter.update(number, place, module, x, output)
         return output
 
 
-class ForwardHook:
+class StartHook:
     """Tells an adapter that a forward of its model begins."""
 
     def __init__(self, adapter: Adapter) -> None:
@@ -39,6 +39,16 @@ class ForwardHook:
 
     def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
         self.adapter.forget()
+
+
+class EndHook:
+    """Tells an adapter that a forward of its model is over."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self.adapter = adapter
+
+    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.adapter.drop_runs()
 
 
 class Attachment:
@@ -59,13 +69,11 @@ class Attachment:
             self._refuse_shared()
             self.adapter.extras.attach(self.model, values)
             modules = dict(self.model.named_modules())
-            numbers: dict[str, list[int]] = {}
-            for number, site in enumerate(self.adapter.sites):
-                numbers.setdefault(site.module, []).append(number)
-            for path, mine in numbers.items():
-                hook = SiteHook(self.adapter, tuple(mine))
+            for path, places in self.adapter.places.items():
+                hook = SiteHook(self.adapter, places)
                 self.handles.append(modules[path].register_forward_hook(hook, with_kwargs=True))
-            self.handles.append(self.model.register_forward_pre_hook(ForwardHook(self.adapter)))
+            self.handles.append(self.model.register_forward_pre_hook(StartHook(self.adapter)))
+            self.handles.append(self.model.register_forward_hook(EndHook(self.adapter)))
             self.model.add_module(PREFIX + self.adapter.name, self.adapter)
             own = {id(p) for adapter in adapters(self.model) for p in adapter.parameters()}
             self.frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]

@@ -6,48 +6,158 @@ every module (``FlopCounterMode``'s, say) have nothing to find in it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd import Variable
 from torch.autograd.function import once_differentiable
 
 
-def run(code: fx.GraphModule, dtype: torch.dtype, factors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """The stacks of a prologue, shape (rows, ...) each, with gradients to the factors where autograd records."""
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-        return code.forward(dtype, *factors)
-    with torch.autocast(factors[0].device.type, enabled=False):
-        return _Prologue.apply(code, dtype, *factors)
+@dataclass(frozen=True, eq=False)
+class Stacks:
+    """What the prologue made of the factors: of each stack its rows.
 
-
-class _Prologue(torch.autograd.Function):
-    """Runs the prologue without recording it, and again, recorded, when gradients arrive.
-
-    Nothing is saved between the two but the factors themselves, and the backward pass may be walked any number of times: by
-    gradient accumulation over one forward of the factors, and by reentrant checkpointing, which calls backward once per segment.
+    In training ``token`` stands for the factors: what uses a row takes it as an input, and leaves the row's gradient in
+    ``gradients`` instead of returning it. Otherwise the rows carry their gradients themselves, or there are none.
     """
 
-    @staticmethod
-    def forward(ctx: Any, code: fx.GraphModule, dtype: torch.dtype, *factors: Tensor) -> tuple[Tensor, ...]:
-        ctx.code, ctx.dtype, ctx.factors = code, dtype, factors
-        ctx.versions = tuple(factor._version for factor in factors)
-        ctx.set_materialize_grads(False)
-        return code.forward(dtype, *factors)
+    rows: tuple[tuple[Tensor, ...], ...]
+    token: Tensor | None = None
+    gradients: Gradients | None = None
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        if tuple(factor._version for factor in ctx.factors) != ctx.versions:
+
+def run(
+    code: fx.GraphModule,
+    dtype: torch.dtype,
+    device: torch.device,
+    factors: tuple[Tensor, ...],
+    indices: tuple[Tensor, ...],
+) -> Stacks:
+    """The prologue's results for the factors as they are."""
+    if is_traced() or not torch.is_grad_enabled():
+        return recorded(code, dtype, device, factors, indices)
+    with torch.no_grad():
+        stacks = _run(code, dtype, device, factors, indices)
+    gradients = Gradients(stacks, factors)
+    token = _Token.apply((code, dtype, device, indices), gradients, *factors)
+    return Stacks(_rows(stacks), token, gradients)
+
+
+def recorded(
+    code: fx.GraphModule,
+    dtype: torch.dtype,
+    device: torch.device,
+    factors: tuple[Tensor, ...],
+    indices: tuple[Tensor, ...],
+) -> Stacks:
+    """The same, by autograd's own record where there is one."""
+    return Stacks(_rows(_run(code, dtype, device, factors, indices)))
+
+
+def is_traced() -> bool:
+    """Whether a compiler or a transform of torch.func follows what is done; then autograd's own formulas are used."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _run(code: Any, dtype: torch.dtype, device: torch.device, factors: Any, indices: Any) -> tuple[Tensor, ...]:
+    with torch.autocast(factors[0].device.type, enabled=False):
+        return tuple(stack.to(device) for stack in code.forward(dtype, *factors, *indices))
+
+
+def _rows(stacks: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
+    return tuple(stack.unbind() for stack in stacks)
+
+
+class Gradients:
+    """Where a backward pass leaves the gradients of stacks, added up in place.
+
+    A pass is one run of autograd's engine, which has a number: neither a second backward through the same graph, nor one within
+    another (reentrant checkpointing), nor one that never got to the factors leaves anything to the next.
+    """
+
+    def __init__(self, stacks: tuple[Tensor, ...], factors: tuple[Tensor, ...]) -> None:
+        self._factors, self._versions = factors, [factor._version for factor in factors]
+        self._shapes = [(stack.shape, stack.dtype, stack.device) for stack in stacks]
+        self._sums: dict[int, dict[int, tuple[Tensor, tuple[Tensor, ...]]]] = {}
+        self._parts: dict[int, dict[tuple[int, int], Tensor]] = {}
+
+    def check(self) -> None:
+        """Stacks may be views of factors, so these must be as they were."""
+        if [factor._version for factor in self._factors] != self._versions:
             raise RuntimeError(
                 "a factor of the adapter was changed in place between the forward pass and its backward pass"
             )
+
+    def row(self, stack: int, row: int) -> Tensor:
+        """The gradient of a row so far, to add to."""
+        sums = self._sums.setdefault(self._pass(), {})
+        if stack not in sums:
+            shape, dtype, device = self._shapes[stack]
+            zeros = torch.zeros(shape, dtype=dtype, device=device)
+            sums[stack] = zeros, zeros.unbind()
+        return sums[stack][1][row]
+
+    def put(self, stack: int, row: int, part: Tensor) -> None:
+        """Add to the gradient of a row."""
+        parts = self._parts.setdefault(self._pass(), {})
+        parts[stack, row] = parts[stack, row].add_(part) if (stack, row) in parts else part
+
+    def take(self) -> dict[int, Tensor]:
+        """The gradients of the stacks that have one, in this pass."""
+        number = self._pass()
+        sums = {stack: zeros for stack, (zeros, _) in self._sums.pop(number, {}).items()}
+        parts = self._parts.pop(number, {})
+        for stack in {stack for stack, _ in parts}:
+            shape, dtype, device = self._shapes[stack]
+            none = (
+                torch.zeros(shape[1:], dtype=dtype, device=device)
+                if shape[0] > sum(s == stack for s, _ in parts)
+                else None
+            )
+            found = torch.stack([parts.get((stack, row), none) for row in range(shape[0])])  # type: ignore[misc]
+            sums[stack] = sums[stack].add_(found) if stack in sums else found
+        return sums
+
+    def _pass(self) -> int:
+        number = torch._C._current_graph_task_id()
+        if number not in self._sums and number not in self._parts:
+            self._sums[number], self._parts[number] = {}, {}
+            Variable._execution_engine.queue_callback(lambda: self._forget(number))
+        return number
+
+    def _forget(self, number: int) -> None:
+        self._sums.pop(number, None)
+        self._parts.pop(number, None)
+
+
+class _Token(torch.autograd.Function):
+    """Stands for the factors in autograd's graph: when all that used them has left its gradients, they get theirs.
+
+    Nothing is saved for that but the factors themselves: the prologue runs again, recorded.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, prologue: tuple[Any, ...], gradients: Gradients, *factors: Tensor) -> Tensor:
+        ctx.prologue, ctx.gradients, ctx.factors = prologue, gradients, factors
+        ctx.set_materialize_grads(False)
+        return factors[0].new_empty(())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.gradients.check()
+        found = ctx.gradients.take()
         wanted = ctx.needs_input_grad[2:]
         leaves = [factor.detach().requires_grad_(want) for factor, want in zip(ctx.factors, wanted, strict=True)]
-        with torch.enable_grad(), torch.autocast(leaves[0].device.type, enabled=False):
-            stacks = ctx.code.forward(ctx.dtype, *leaves)
-        reached = [(s, g) for s, g in zip(stacks, gradients, strict=True) if g is not None and s.requires_grad]
+        code, dtype, device, indices = ctx.prologue
+        with torch.enable_grad():
+            stacks = _run(code, dtype, device, leaves, indices)
+        reached = [(stacks[number], gradient) for number, gradient in found.items() if stacks[number].requires_grad]
         trained = [leaf for leaf in leaves if leaf.requires_grad]
-        found = torch.autograd.grad([s for s, _ in reached], trained, [g for _, g in reached], allow_unused=True)
-        each = iter(found)
+        if not reached:
+            return (None, None, *(None for _ in wanted))
+        sources, gradients = zip(*reached, strict=True)
+        each = iter(torch.autograd.grad(sources, trained, gradients, allow_unused=True))
         return (None, None, *(next(each) if want else None for want in wanted))

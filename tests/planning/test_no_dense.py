@@ -37,7 +37,7 @@ def sizes_of(base: nn.Module, action: Any) -> set[int]:
 
 SPECS = {
     "lora": ("llama", tp.load_spec("lora", matrices=["all-linear"], rank=3)),
-    "vera": ("llama", tp.load_spec("vera", rank=16)),
+    "vera": ("llama", tp.load_spec("vera", rank=15)),
     "lorta": ("llama", tp.load_spec("lorta")),
     "fact-tt": ("gpt2", tp.load_spec(STRUCTURES["fact-tt"])),
     "fact-tk": ("gpt2", tp.load_spec(STRUCTURES["fact-tk"])),

@@ -80,7 +80,10 @@ def test_never_dearer_than_site_by_site(name: str, architecture: str) -> None:
 # FLOPs of one forward on Llama-2 7B, query and value (32 layers, 4096 x 4096): per token at the sites, and beforehand
 FORMULAS = {
     "lora": (64 * (2 * 8 * 4096 + 2 * 8 * 4096), 0),
-    "vera": (64 * (2 * 256 * 4096 + 256 + 2 * 256 * 4096 + 4096), 0),
+    "vera": (
+        32 * 2 * 256 * 4096 + 64 * (256 + 2 * 256 * 4096 + 4096),
+        0,
+    ),  # query and value read one input: x A once for both
     "shared_a": (64 * (2 * 8 * 4096 + 2 * 8 * 4096), 0),
     # x meets the width factor, and then the product of the other four, made for 4 matrices of 32 layers at once
     "lorta": (128 * (2 * 8 * 4096 + 2 * 8 * 4096), 8 * (4 * 32 + 4 * 32 * 32 + 4 * 32 * 32 * 128)),
@@ -148,4 +151,5 @@ def test_a_dense_plan_has_one_link_for_each_product() -> None:
 def test_a_plan_prints_its_links() -> None:
     text = str(front("lora", LLAMA))
     assert "64 sites like query of layer 0" in text
-    assert "token d_in -> token r  by A (d_in=4096, r=8)" in text
+    assert "64 sites like query of layer 0 (model.layers.0.self_attn.q_proj), 32 times 2 with one input" in text
+    assert "token d_in -> token site r  by A (d_in=4096, r=8)" in text

@@ -6,6 +6,7 @@ import contextlib
 import copy
 from collections import defaultdict
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -142,24 +143,24 @@ def check_beside_another(model: nn.Module, adapter: tp.Adapter, x: Tensor) -> No
 
 @pytest.mark.parametrize(("name", "architecture"), [case for case in FITTING if case[1] != "bert"])
 def test_in_bfloat16_no_worse_than_one_einsum(name: str, architecture: str, tmp_path: Path) -> None:
-    """Errors against float64, root mean square over draws: one draw of a small gradient is noise."""
+    """Errors against float64, medians over draws: one draw of a small gradient is noise."""
     model = widen_norms(build(architecture, torch.bfloat16))
     wide = widen_norms(build(architecture, torch.bfloat16)).double()  # the same weights, as bfloat16 rounded them
     adapter = tp.attach(model, scored(name, architecture, tmp_path))
-    mine: dict[str, float] = defaultdict(float)
-    its: dict[str, float] = defaultdict(float)
-    for draw in range(4):
+    mine: dict[str, list[float]] = defaultdict(list)
+    its: dict[str, list[float]] = defaultdict(list)
+    for draw in range(7):
         enliven(adapter, seed=draw)
         x = inputs(architecture, seed=draw)
         truth = by_einsum(wide, adapter, x, torch.float64)
-        for total, found in (
+        for of_draws, found in (
             (mine, by_adapter(model, adapter, x)),
             (its, by_einsum(model, adapter, x, torch.bfloat16)),
         ):
             for key, error in errors(found, truth).items():
-                total[key] += error**2
-    worse = {key: (mine[key] / its[key]) ** 0.5 for key in mine if mine[key] > 1.5**2 * its[key]}
-    assert not worse, worse
+                of_draws[key].append(error)
+    ratios = {key: median(mine[key]) / median(its[key]) for key in mine}
+    assert max(ratios.values()) <= 1.5, ratios
 
 
 def by_einsum(model: nn.Module, adapter: tp.Adapter, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable
+from statistics import median
 
 import pytest
 import torch
@@ -119,21 +120,21 @@ def test_equals_the_formula_in_float64(architecture: str, spec: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("spec", SPECS)
 def test_in_bfloat16_no_worse_than_the_formula(architecture: str, spec: str) -> None:
-    """Errors against float64, root mean square over draws: one draw of a small gradient is noise."""
+    """Errors against float64, medians over draws: one draw of a small gradient is noise."""
     model, adapter = attached(architecture, spec, torch.bfloat16)
     wide = widen_norms(build(architecture, torch.bfloat16)).double()  # the same weights, as bfloat16 rounded them
-    mine: dict[str, float] = defaultdict(float)
-    its: dict[str, float] = defaultdict(float)
-    for draw in range(4):
+    mine: dict[str, list[float]] = defaultdict(list)
+    its: dict[str, list[float]] = defaultdict(list)
+    for draw in range(9):
         randomise(adapter, seed=draw)
         x = inputs(architecture, seed=draw)
         x = x.bfloat16() if x.is_floating_point() else x
         truth = by_dense_matrices(wide, adapter, x, torch.float64)
-        for total, found in (
+        for of_draws, found in (
             (mine, by_adapter(model, adapter, x)),
             (its, by_dense_matrices(model, adapter, x, torch.bfloat16)),
         ):
             for name, error in errors(found, truth).items():
-                total[name] += error**2
-    worse = {name: (mine[name] / its[name]) ** 0.5 for name in mine if mine[name] > 1.5**2 * its[name]}
-    assert not worse, worse
+                of_draws[name].append(error)
+    ratios = {name: median(mine[name]) / median(its[name]) for name in mine}
+    assert max(ratios.values()) <= 1.5, ratios

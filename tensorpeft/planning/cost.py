@@ -1,0 +1,105 @@
+"""What a chain costs: arithmetic and memory traffic of the forward pass, of the backward pass, and of the prologue.
+
+One number compares candidates: FLOPs + bytes * balance, where a regime's balance says how many FLOPs a machine does while it
+moves a byte. Counted are
+
+- forward, for each link: the activation and the tensor read, the new activation written (the last is the base's output, read
+  and written);
+- backward, for each link: the same contraction for the activation's gradient, once more for the tensor's if it is trained,
+  and then the activation that had to be kept for it;
+- the prologue: the arithmetic of building a tensor, three times if it is trained, and the tensor written and read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from math import prod
+
+from tensorpeft.network.network import Group, Operand, Term
+from tensorpeft.planning.chain import SITE, Bundles, Chain, Link
+from tensorpeft.planning.paths import TOKEN
+from tensorpeft.planning.regime import Regime
+
+Built = set[tuple[object, ...]]  # what a prologue has made already
+
+
+@dataclass(frozen=True)
+class Cost:
+    """FLOPs of a whole network's forward pass, and the number that candidates are compared by."""
+
+    flops: int  # forward, prologue included
+    weight: float  # forward and backward, where the regime has one
+
+
+def chain_cost(group: Group, term: Term, chain: Chain, bundles: Bundles, regime: Regime, built: Built) -> Cost:
+    """What a chain costs at all sites of a group."""
+    flops, weight = 0, 0.0
+    for size, count in Counter(map(len, bundles)).items():
+        for link in chain.links:
+            runs = count * (1 if link.shared else size)
+            flops += runs * link.site_flops
+            weight += runs * (link.flops * _passes(link, regime) + _building(link, regime))
+            weight += count * _moved(term, link, size, regime) * regime.number_bytes * regime.balance
+    for link in chain.links:
+        if len(link.operands) == 1 or link.at_site or prologue_key(term, link) in built:
+            continue
+        flops += link.prologue_flops
+        weight += link.prologue_flops * (3 if regime.gradients and link.trainable else 1)
+        made = _copies(term, link) * term.size(link.modes) * (4 if regime.gradients and link.trainable else 2)
+        weight += made * regime.number_bytes * regime.balance
+    return Cost(flops, weight)
+
+
+def prologue_key(term: Term, link: Link) -> tuple[object, ...]:
+    """What tells the tensors of two links apart: equal keys are one stack of the prologue."""
+    return (
+        link.path,
+        link.modes,
+        *(
+            (o.block.name, o.modes, o.sizes, o.keys if o.site_modes else (), _positions(o.take))
+            for o in _of(term, link)
+        ),
+    )
+
+
+def _of(term: Term, link: Link) -> list[Operand]:
+    return [term.operands[i] for i in link.operands]
+
+
+def _positions(take: tuple[object, ...]) -> tuple[object, ...]:
+    return tuple(tuple(some) if isinstance(some, (list, tuple)) else some for some in take)
+
+
+def _copies(term: Term, link: Link) -> int:
+    """For how many sites, or keys, the prologue builds a link."""
+    return len(
+        {tuple(operand.keys[site] for operand in _of(term, link)) for site in range(len(_of(term, link)[0].keys))}
+    )
+
+
+def _passes(link: Link, regime: Regime) -> int:
+    """How often a link's work is done: forward, for the activation's gradient, and for the factors' own."""
+    return 2 + link.trainable if regime.gradients else 1
+
+
+def _building(link: Link, regime: Regime) -> int:
+    """FLOPs at a site where a link is built: forward, again in the backward pass, and there twice more for its factors."""
+    if not link.at_site:
+        return 0
+    return link.building * (2 + 2 * link.trainable if regime.gradients else 1)
+
+
+def _moved(term: Term, link: Link, size: int, regime: Regime) -> int:
+    """Numbers read and written by a link's steps at one bundle of sites; what is kept for the backward pass counts once more."""
+    sizes = {**term.sizes, TOKEN: regime.tokens, "task": 1, SITE: size}
+    last = not link.shared and SITE not in link.after
+    times = size if last else 1
+    source = prod(sizes[mode] for mode in link.before) * (times if last and SITE not in link.before else 1)
+    result = prod(sizes[mode] for mode in link.after) * times
+    tensor = term.size(link.modes) * (size if link.own else 1)
+    forward = source + tensor + result * (2 if last else 1)
+    if not regime.gradients:
+        return forward
+    kept = prod(sizes[mode] for mode in link.before)
+    return forward + (result + tensor + source) + link.trainable * (result + source + tensor + kept)

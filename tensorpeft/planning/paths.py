@@ -1,0 +1,117 @@
+"""Candidate orders of contraction: which factors the activation meets one after the other, and which are multiplied before.
+
+This is the only module that asks opt_einsum for a path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+
+import networkx as nx
+import opt_einsum
+
+from tensorpeft.language.spec import SITE_MODES
+from tensorpeft.network.network import Term
+from tensorpeft.network.rank import minimum_cut
+
+TOKEN = "<token>"  # no spec can name a mode like this
+Path = tuple[tuple[int, ...], ...]  # as opt_einsum writes paths: at each step, the positions of what is contracted
+Order = tuple[tuple[int, ...], ...]  # which operands form each link, in the order of the links
+_EXACT = 7  # operands up to which the optimal path is searched exhaustively
+
+
+def orders(term: Term, tokens: int, dropped: frozenset[str]) -> tuple[Order, ...]:
+    """Candidate orders of one product, such that the activation carries every bond of ``dropped``."""
+    found = dict.fromkeys(_candidates(term, tokens))
+    if dropped:
+        found.update(dict.fromkeys((_one_by_one(term), *(o for b in sorted(dropped) for o in _halves(term, {b})))))
+    return tuple(order for order in found if dropped <= carried(term, order))
+
+
+def carried(term: Term, order: Order) -> set[str]:
+    """The modes that the activation carries between two links."""
+    modes = [{mode for i in link for mode in term.operands[i].modes} for link in order]
+    return {mode for n in range(1, len(order)) for mode in set().union(*modes[:n]) & set().union(*modes[n:])}
+
+
+def _candidates(term: Term, tokens: int) -> Iterator[Order]:
+    everything = tuple(range(len(term.operands)))
+    yield (everything,)
+    yield from _halves(term, minimum_cut(term))
+    for number in dict.fromkeys((tokens, 1, 1 << 30)):
+        yield _lineage(_path(term, number), len(everything))
+
+
+def _halves(term: Term, cut: Iterable[str]) -> Iterator[Order]:
+    """The factors on the input's side of a cut, and the others. At the minimum cut this is the pair (L, R) of the normal form."""
+    reached = _distances(term, {*cut, *SITE_MODES, "task"})
+    left = tuple(i for i in range(len(term.operands)) if i in reached)
+    right = tuple(i for i in range(len(term.operands)) if i not in reached)
+    if left and right:
+        yield left, right
+
+
+def _one_by_one(term: Term) -> Order:
+    """Every factor by itself, the nearest to the input first."""
+    reached = _distances(term, {*SITE_MODES, "task"})
+    return tuple((i,) for i in sorted(range(len(term.operands)), key=lambda i: (reached.get(i, 1 << 30), i)))
+
+
+def _distances(term: Term, cut: set[str]) -> dict[int, int]:
+    """How far each operand is from the input, those alone that are joined to it by modes outside the cut."""
+    graph = nx.Graph()
+    graph.add_edges_from(("input", mode) for mode in term.d_in if mode not in cut)
+    graph.add_node("input")
+    for i, operand in enumerate(term.operands):
+        graph.add_edges_from((i, mode) for mode in operand.modes if mode not in cut)
+    return {
+        node: steps for node, steps in nx.single_source_shortest_path_length(graph, "input").items() if node != "input"
+    }
+
+
+def activation(term: Term) -> tuple[str, ...]:
+    """The modes of the input: the task of its row where one counts, the token, and the features."""
+    tasks = ("task",) if any("task" in operand.modes for operand in term.operands) else ()
+    return (*tasks, TOKEN, *term.d_in)
+
+
+def _path(term: Term, tokens: int) -> Path:
+    """The path for the activation (operand 0) and the factors at one site."""
+    x = activation(term)
+    output = (*(mode for mode in x if mode not in term.d_in), *term.d_out)
+    sizes = {**term.sizes, TOKEN: tokens, "task": 1}
+    return contract_path([x, *(operand.modes for operand in term.operands)], output, sizes)[0]
+
+
+def contract_path(inputs: list[tuple[str, ...]], output: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[Path, int]:
+    """opt_einsum's path through tensors of these modes, pair by pair, and its FLOPs."""
+    known = dict.fromkeys(mode for each in inputs for mode in each)
+    letter = {mode: opt_einsum.get_symbol(number) for number, mode in enumerate(known)}
+    left, right = (["".join(letter[mode] for mode in each) for each in group] for group in (inputs, [output]))
+    shapes = tuple(tuple(sizes[mode] for mode in each) for each in inputs)
+    return _search(f"{','.join(left)}->{right[0]}", shapes)
+
+
+@cache
+def _search(equation: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Path, int]:
+    """The better of two searches: by itself neither finds the best path always."""
+    searches = ("optimal", "dp") if len(shapes) <= _EXACT else ("dp", "auto-hq")
+    found = [opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search) for search in searches]
+    path, info = min(found, key=lambda each: int(each[1].opt_cost))
+    return tuple(tuple(step) for step in path), int(info.opt_cost)
+
+
+def _lineage(path: Path, n_factors: int) -> Order:
+    """The operands that the activation meets, in order, along a path whose operand 0 is the activation."""
+    live: list[tuple[int, ...]] = [(-1,), *((i,) for i in range(n_factors))]
+    met: list[tuple[int, ...]] = []
+    for step in path:
+        merged = [live[i] for i in step]
+        live = [operands for i, operands in enumerate(live) if i not in step]
+        if (-1,) in merged:
+            met += [operands for operands in merged if operands != (-1,)]
+            live.append((-1,))
+        else:
+            live.append(tuple(sorted(i for operands in merged for i in operands)))
+    return tuple(met)

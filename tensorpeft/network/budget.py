@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import prod
 
@@ -16,6 +16,7 @@ from tensorpeft.network.packing import Masking, masking
 from tensorpeft.network.scores import Scores
 from tensorpeft.network.selection import Kind, kinds
 from tensorpeft.network.shapes import Key, ModelShape
+from tensorpeft.network.stacks import by_stack
 from tensorpeft.network.targets import choose
 from tensorpeft.network.use import Layouts, Placed, Sizes, Use, Users, refuse_ragged, serving_sizes, use, users_of
 
@@ -32,12 +33,13 @@ def n_trained(spec: Spec, model: ModelShape) -> int:
     if not spec.update.products:
         return 0
     check_names(spec, sites)
-    placed = kinds(spec, sites)
-    check_experts(spec, placed)
-    return _counter(spec, model, placed)(fitted(spec, model, placed))
+    stacks = tuple(kinds(spec, members) for members in by_stack(sites).values())
+    for placed in stacks:
+        check_experts(spec, placed)
+    return _counter(spec, model, stacks)(fitted(spec, model, stacks))
 
 
-def fitted(spec: Spec, model: ModelShape, placed: Placed) -> Spec:
+def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed]) -> Spec:
     """The spec with the largest ranks whose trained numbers are within its budget; itself where it has none.
 
     Raises:
@@ -45,7 +47,7 @@ def fitted(spec: Spec, model: ModelShape, placed: Placed) -> Spec:
     """
     if spec.budget is None:
         return spec
-    count = _counter(spec, model, placed)
+    count = _counter(spec, model, stacks)
     top = min(spec.budget, MAX_RANK)  # each step of the rank adds at least one number
     counts = _gallop(lambda rank: _count_if_sized(count, spec, rank), spec.budget, top)
     least = counts[1]
@@ -91,8 +93,13 @@ def _count_if_sized(count: Callable[[Spec], int], spec: Spec, rank: int) -> int 
         return None
 
 
-def _counter(spec: Spec, model: ModelShape, placed: Placed) -> Callable[[Spec], int]:
+def _counter(spec: Spec, model: ModelShape, stacks: Sequence[Placed]) -> Callable[[Spec], int]:
     """What counts the trained numbers of a spec that differs in its ranks alone."""
+    counters = [_of_stack(spec, model, placed) for placed in stacks]
+    return lambda sized: sum(count(sized) for count in counters)
+
+
+def _of_stack(spec: Spec, model: ModelShape, placed: Placed) -> Callable[[Spec], int]:
     present = tuple(dict.fromkeys(kind for _, kind in placed))
     uses = [use(spec, name, present) for name, _ in spec.factors]
     trained = [each for each in uses if not spec.factor(each.factor).frozen]

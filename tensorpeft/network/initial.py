@@ -51,7 +51,7 @@ def initial_values(block: Block, seed: int) -> Iterator[tuple[Key, np.ndarray | 
         return
     for key in block.keys:
         places = _places(block, key)
-        state = random.stream(seed, block.origin, key)
+        state = random.stream(seed, ".".join(filter(None, (block.origin, block.stack))), key)
         match init.name:
             case "formula":
                 yield key, _formula(block, key, places)

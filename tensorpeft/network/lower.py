@@ -1,5 +1,7 @@
 """Spec x model -> Network: which tensors are stored, and how each group of equal sites uses them.
 
+A model of several stacks has a network for each of them that the target touches: no factor is shared between them.
+
 In: a checked spec, a model's shape. Out: a network whose every operand fits its block.
 Not here: the order of contraction (planning), numbers (initial), torch (runtime).
 """
@@ -20,6 +22,7 @@ from tensorpeft.network.packing import masking
 from tensorpeft.network.scores import Scores
 from tensorpeft.network.selection import Kind, kinds
 from tensorpeft.network.shapes import ModelShape, Site
+from tensorpeft.network.stacks import by_stack
 from tensorpeft.network.storage import Storage, store
 from tensorpeft.network.targets import choose
 from tensorpeft.network.terms import base_weight, group
@@ -39,16 +42,35 @@ def lower(spec: Spec, model: ModelShape, saved: Mapping[str, np.ndarray] | None 
     if not spec.update.products:
         return Network(spec, model, (), (), trained)
     check_names(spec, sites)
-    placed = kinds(spec, sites)
-    check_experts(spec, placed)
-    spec = fitted(spec, model, placed)
+    stacks = {name: kinds(spec, members) for name, members in by_stack(sites).items()}
+    for placed in stacks.values():
+        check_experts(spec, placed)
+    spec, scores = fitted(spec, model, tuple(stacks.values())), Scores(spec)
+    blocks: list[Block] = []
+    groups: list[Group] = []
+    for name, placed in stacks.items():
+        stored, used = _network(spec, model, name, placed, scores, saved)
+        blocks += stored
+        groups += used
+    return Network(spec, model, tuple(blocks), tuple(groups), trained)
+
+
+def _network(
+    spec: Spec,
+    model: ModelShape,
+    stack: str,
+    placed: Placed,
+    scores: Scores,
+    saved: Mapping[str, np.ndarray] | None,
+) -> tuple[list[Block], tuple[Group, ...]]:
+    """The blocks and the groups of one stack."""
     layouts = {kind: layout(spec, model, kind) for kind in dict.fromkeys(kind for _, kind in placed)}
-    storages, scores = {}, Scores(spec)
+    storages = {}
     for name, _ in spec.factors:
         each = use(spec, name, layouts)
-        storages[name] = store(spec, each, placed, layouts, masking(spec, each, layouts, scores, saved))
-    blocks = tuple(block for storage in storages.values() for block in storage.blocks)
-    return Network(spec, model, blocks, _groups(spec, storages, placed, layouts), trained)
+        storages[name] = store(spec, each, placed, layouts, masking(spec, each, layouts, scores, saved), stack)
+    blocks = [block for storage in storages.values() for block in storage.blocks]
+    return blocks, _groups(spec, storages, placed, layouts)
 
 
 def _groups(spec: Spec, storages: dict[str, Storage], placed: Placed, layouts: Layouts) -> tuple[Group, ...]:

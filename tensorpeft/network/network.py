@@ -52,6 +52,7 @@ class Block:
     entries: dict[Key, np.ndarray] | None = field(default=None, hash=False, compare=False)
     origin: str = ""  # the factor whose numbers it starts from: another one's where its `init` is `start(...)`
     init: Initialiser = Call("zeros")  # how that one starts
+    stack: str = ""  # of several stacks, whose it is
     names: dict[Key, dict[str, float]] = field(
         default_factory=dict, hash=False, compare=False
     )  # of which `init` speaks

@@ -57,8 +57,8 @@ class Storage:
         return self.masking.rule(axis)
 
 
-def store(spec: Spec, use: Use, placed: Placed, layouts: Layouts, masking: Masking | None) -> Storage:
-    """The blocks that hold a factor for its sites.
+def store(spec: Spec, use: Use, placed: Placed, layouts: Layouts, masking: Masking | None, stack: str = "") -> Storage:
+    """The blocks that hold a factor for its sites, which are those of a stack; its name is part of theirs.
 
     Raises:
         SpecError: a mask, an initialiser, or the policy for a ragged mode does not fit the sizes.
@@ -71,7 +71,7 @@ def store(spec: Spec, use: Use, placed: Placed, layouts: Layouts, masking: Maski
     blocks, of_site, axes = [], {}, {}
     for sizes, keys in keys_of.items():
         mine = {key: users[key, sizes] for key in keys}
-        block = _block(spec, use, sizes, keys, ragged)
+        block = _block(spec, use, sizes, keys, ragged, stack)
         block = replace(block, names=_names(block, mine, layouts))
         if masking is not None:
             kept = _kept(masking, block, sizes, mine)
@@ -83,8 +83,8 @@ def store(spec: Spec, use: Use, placed: Placed, layouts: Layouts, masking: Maski
     return Storage(use, policies, masking, tuple(blocks), of_site, axes)
 
 
-def _block(spec: Spec, use: Use, sizes: Sizes, keys: list[Key], ragged: list[str]) -> Block:
-    """The block of a factor for one size; its name tells the sizes of the modes that are ragged."""
+def _block(spec: Spec, use: Use, sizes: Sizes, keys: list[Key], ragged: list[str], stack: str) -> Block:
+    """The block of a factor for one size; its name tells its stack, and the sizes of the modes that are ragged."""
     labels = {mode: tuple(dict.fromkeys(key[i] for key in keys)) for i, mode in enumerate(use.site_modes)}
     of_mode = dict(zip(use.free, sizes, strict=True))
     if prod(map(len, labels.values())) == len(keys):
@@ -92,10 +92,10 @@ def _block(spec: Spec, use: Use, sizes: Sizes, keys: list[Key], ragged: list[str
         keys = [tuple(key) for key in _grid([labels[m] for m in use.site_modes])]
     else:
         axes = (Axis("site", len(keys), tuple(keys)), *(Axis(mode, size) for mode, size in of_mode.items()))
-    name = "_".join((use.factor, *(f"{mode}{of_mode[mode]}" for mode in ragged)))
+    name = "_".join((use.factor, *filter(None, (stack,)), *(f"{mode}{of_mode[mode]}" for mode in ragged)))
     origin = origins(spec, use.factor)[-1]
     rule, init = spec.factor(use.factor), spec.factor(origin).init
-    return Block(name, use.factor, rule, axes, tuple(keys), origin=origin, init=init)
+    return Block(name, use.factor, rule, axes, tuple(keys), origin=origin, init=init, stack=stack)
 
 
 def _grid(labels: list[tuple[str | int, ...]]) -> list[Key]:

@@ -28,7 +28,7 @@ _BADGES = {"starts-at-zero": "0", "starts-from-W": "W"}
 # what the legend says of a class; before it, the classes that its sample has besides
 _MEANINGS = (
     ("", "trained", "trained factor, and its numbers"),
-    ("frozen", "seeded", "frozen, drawn again from the seed"),
+    ("frozen", "seeded", "frozen, made again when loaded"),
     ("frozen", "stored", "frozen, in the checkpoint"),
     ("", "base", "base weight"),
     ("trained", "masked", "masked: what is left out does not exist"),

@@ -29,7 +29,7 @@ class FactorEntry:
     shape: tuple[int, ...]
     count: int
     trainable: bool
-    stored: bool  # a checkpoint holds it; what it does not hold is drawn again from the seed
+    stored: bool  # a checkpoint holds it; what it does not hold is made again
     masked: bool
     init: str
     lr: float = 1.0  # multiplies the learning rate
@@ -143,7 +143,11 @@ class Report(Page):
             ("trained", self.trainable, f"{significant(self.percent)} % of the base's {self.base:,}"),
             *([("of the base", self.extra, "trained beside the update, and in the checkpoint")] if self.extra else []),
             ("frozen, stored", self.frozen_stored, "in the checkpoint"),
-            ("frozen, seeded", self.frozen_seeded, f"not in the checkpoint: drawn again from seed {self.seed}"),
+            (
+                "frozen, seeded",
+                self.frozen_seeded,
+                f"not in the checkpoint: made again, random numbers from seed {self.seed}",
+            ),
             ("stored", self.stored, "in the checkpoint, all of it"),
             (
                 "FLOPs per token",

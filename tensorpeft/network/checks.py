@@ -24,6 +24,21 @@ def check_names(spec: Spec, sites: Sequence[Site]) -> None:
         raise SpecError(problems)
 
 
+def check_activations(spec: Spec, sites: Sequence[Site]) -> None:
+    """What a spec does to an activation reaches every site: each is a linear module that is called.
+
+    Raises:
+        SpecError: it does not.
+    """
+    apart = next((site for site in sites if site.kind != "linear"), None)
+    needs = "tasks" if spec.tasks else "dropout" if spec.dropout else None
+    if apart and needs:
+        problem = (
+            f"`{needs}` needs the input of a linear module, which {apart} does not have; leave it out of the target"
+        )
+        raise SpecError([Problem(problem, spec.update.span)])
+
+
 def _selectors(spec: Spec, sites: Sequence[Site]) -> Iterator[Problem]:
     choices = [value for value in (*dict(spec.ranks).values(), spec.scale) if isinstance(value, Choice)]
     written = [

@@ -14,7 +14,7 @@ import numpy as np
 
 from tensorpeft.language.spec import Spec
 from tensorpeft.network.budget import fitted
-from tensorpeft.network.checks import check_experts, check_names
+from tensorpeft.network.checks import check_activations, check_experts, check_names
 from tensorpeft.network.extras import extras
 from tensorpeft.network.layout import layout
 from tensorpeft.network.network import Block, Group, Network
@@ -42,6 +42,7 @@ def lower(spec: Spec, model: ModelShape, saved: Mapping[str, np.ndarray] | None 
     if not spec.update.products:
         return Network(spec, model, (), (), trained)
     check_names(spec, sites)
+    check_activations(spec, sites)
     stacks = {name: kinds(spec, members) for name, members in by_stack(sites).items()}
     for placed in stacks.values():
         check_experts(spec, placed)

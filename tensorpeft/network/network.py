@@ -158,9 +158,14 @@ class Term:
 class Group:
     """Sites of one shape, at which the same blocks combine in the same way."""
 
-    sites: tuple[Site, ...]
+    sites: tuple[Site, ...]  # of one kind
     scale: float
     terms: tuple[Term, ...]
+
+    @property
+    def kind(self) -> str:
+        """Of the sites."""
+        return self.sites[0].kind
 
 
 @dataclass(frozen=True)

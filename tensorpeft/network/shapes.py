@@ -112,8 +112,11 @@ class Site:
 
     @property
     def is_linear(self) -> bool:
-        """Whether it is (a part of) a linear module: no convolution, no embedding, no experts, no router."""
-        return self.kind == "linear"
+        """Whether it is (a part of) the weight of a linear module or of an attention, be it called or read.
+
+        Then it is no convolution, no embedding, no expert in a parameter, and no weight that some other module has for itself.
+        """
+        return self.kind == "linear" or (self.parameter not in (None, "weight") and self.expert is None)
 
     @property
     def key(self) -> Key:
@@ -137,7 +140,7 @@ class Site:
         return (starts[:, None] + np.arange(self.rows.count)).ravel()
 
     def __str__(self) -> str:
-        expert = "" if self.expert is None else f", expert {self.expert},"
+        expert = "" if self.expert is None else f", expert {self.expert}"
         return f"{self.matrix} of layer {self.layer}{expert} ({self.path})"
 
 

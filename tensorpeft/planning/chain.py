@@ -69,14 +69,14 @@ class Chain:
     links: tuple[Link, ...]
 
 
-def chain(group: Group, term: Term, order: Order, tokens: int, bundles: Bundles) -> Chain:
-    """The chain of one product in an order of its operands."""
+def chain(group: Group, term: Term, order: Order, tokens: int, bundles: Bundles, *, beforehand: bool = False) -> Chain:
+    """The chain of one product in an order of its operands; ``beforehand`` no tensor of it is left to be built at the site."""
     before = activation(term)
     links = []
     for position, operands in enumerate(order):
         later = {mode for rest in order[position + 1 :] for i in rest for mode in term.operands[i].modes}
         last = position + 1 == len(order)
-        links.append(_link(group, term, operands, before, later, bundles, last=last, tokens=tokens))
+        links.append(_link(group, term, operands, before, later, bundles, last, tokens, beforehand))
         before = links[-1].after
     return Chain(term.sign, tuple(links))
 
@@ -88,9 +88,9 @@ def _link(
     before: tuple[str, ...],
     later: set[str],
     bundles: Bundles,
-    *,
     last: bool,
     tokens: int,
+    beforehand: bool,
 ) -> Link:
     mine = [term.operands[i] for i in operands]
     needed = later | {*term.d_out, "task", TOKEN}
@@ -109,7 +109,7 @@ def _link(
     flops = prod(sizes[mode] for mode in {*before, *batch, *new}) * (2 if contracted else 1)
     whole = term.size((*term.d_in, *term.d_out))
     large = len(mine) > 1 and term.size((*batch, *contracted, *new)) >= whole
-    at_site = large or any(operand.is_base for operand in mine)
+    at_site = not beforehand and (large or any(operand.is_base for operand in mine))
     site_modes: tuple[str, ...] = ()
     if at_site:
         path, building = _building([o.modes for o in mine], (*batch, *contracted, *new), term, group)

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from tensorpeft.network.network import Group, Network, Term
+from tensorpeft.planning.apart import apart_chains
 from tensorpeft.planning.chain import (
     SITE,
     Bundles,
@@ -125,6 +126,8 @@ def plan(network: Network, regime: Regime = Regime()) -> Plan:
     built: Built = set()
     groups = tuple(
         _plan_group(group, bundles_of(sets, number), _dropped(network), regime, built)
+        if group.kind == "linear"
+        else _plan_apart(group, regime)
         for number, group in enumerate(network.groups)
     )
     return Plan(network, regime, groups, sets)
@@ -136,6 +139,12 @@ def dense_plan(group: Group) -> GroupPlan:
     orders = [(tuple(range(len(term.operands))),) for term in group.terms]
     chains = tuple(chain(group, term, order, 1, bundles) for term, order in zip(group.terms, orders, strict=True))
     return GroupPlan(group, chains, bundles, sum(link.prologue_flops for each in chains for link in each.links))
+
+
+def _plan_apart(group: Group, regime: Regime) -> GroupPlan:
+    chains = apart_chains(group, regime)
+    bundles = tuple((number,) for number in range(len(group.sites)))
+    return GroupPlan(group, chains, bundles, sum(link.building for each in chains for link in each.links))
 
 
 def _dropped(network: Network) -> frozenset[str]:

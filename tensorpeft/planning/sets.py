@@ -25,12 +25,14 @@ class InputSet:
 
 
 def input_sets(network: Network) -> tuple[InputSet, ...]:
-    """The input sets of a network, in the order of their first sites.
+    """The input sets of a network's linear modules, in the order of their first sites.
 
     A site whose update contains the base weight is a set of its own: nearly all of its work is on a tensor that it alone has.
     """
     found: dict[tuple[object, ...], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
     for number, group in enumerate(network.groups):
+        if group.kind != "linear":
+            continue
         alone = any(operand.is_base for term in group.terms for operand in term.operands)
         for i, site in enumerate(group.sites):
             key = (number, i) if alone else _input(site)
@@ -43,7 +45,7 @@ def input_sets(network: Network) -> tuple[InputSet, ...]:
 
 def _input(site: Site) -> tuple[object, ...]:
     """What tells the input of a site from those of others."""
-    if site.reads is None or not site.is_linear:
+    if site.reads is None:
         return (site.path,)
     return (site.stack, site.layer, site.expert, site.reads, site.d_in)
 

@@ -60,7 +60,8 @@ def _group(plan: GroupPlan, tokens: int, made: Built) -> Iterator[Step]:
             tensor = (_name(term, link), link.modes)
             before, after = (tuple(mode for mode in modes if mode != SITE) for modes in (link.before, link.after))
             runs = len(plan.bundles) if link.shared else len(group.sites)  # sites that read one tensor share a step
-            yield _step(where, runs, (name, before), tensor, (result, after), sizes)
+            if link.flops:  # a row is looked up, and a weight replaced, without any
+                yield _step(where, runs, (name, before), tensor, (result, after), sizes)
             name = result
 
 

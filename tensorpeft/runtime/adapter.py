@@ -17,6 +17,7 @@ from tensorpeft.network.network import Network
 from tensorpeft.network.shapes import Site
 from tensorpeft.planning.plan import Plan
 from tensorpeft.runtime import merging, prologue, saving
+from tensorpeft.runtime.apart import Apart
 from tensorpeft.runtime.emit import emit
 from tensorpeft.runtime.extras import Extras
 from tensorpeft.runtime.factors import Factors
@@ -76,6 +77,8 @@ class Adapter(nn.Module):
 
     def delta(self, module: str, task: int | None = None) -> Tensor:  # shape: (d_out, d_in)
         """The update dW of the module at a path, in the factors' dtype; zero in rows of a fused module that have no site.
+
+        The path may be that of a parameter, which may have an axis of experts in front.
 
         Raises:
             AdapterError: no site is there, or the spec has tasks and none is given.
@@ -267,12 +270,12 @@ class Adapter(nn.Module):
     def _emit(self) -> None:
         self._code = emit(self.plan)
         self._placed: dict[torch.device, tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]] = {}
+        self.apart = Apart(self)
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            key: value for key, value in self.__dict__.items() if key not in ("_code", "_placed", "_stacks", "_runs")
-        }
+        left_out = ("_code", "_placed", "_stacks", "_runs", "apart")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

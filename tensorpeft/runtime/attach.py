@@ -36,9 +36,6 @@ def attach_plan(
         raise AdapterError(f"the adapter name `{name}` is not a Python identifier; give another with `name=`")
     if hasattr(model, PREFIX + name):
         raise AdapterError(f"the model already has an adapter `{name}`; give this one another name with `name=`")
-    for site in plan.network.sites:
-        if site.kind != "linear":
-            raise AdapterError(f"{site} is no linear module, and an update of a {site.kind} is not supported yet")
     weight = _first_weight(model, plan.network)
     floating = weight.is_floating_point() and weight.dtype.itemsize >= 4
     adapter = Adapter(plan, name, weight.dtype if floating else torch.float32, weight.device)

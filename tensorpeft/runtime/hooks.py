@@ -31,6 +31,45 @@ class SiteHook:
         return output
 
 
+class PairHook:
+    """Adds an adapter's update to the output of a convolution or an embedding."""
+
+    def __init__(self, adapter: Adapter, path: str) -> None:
+        self.adapter = adapter
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
+        if not self.adapter.enabled:
+            return output
+        x = args[0] if args else next(iter(named.values()))
+        return self.adapter.apart.added(self.path, module, x, output)
+
+
+class ReplaceHook:
+    """Replaces weights that the forward of a module reads, before it runs."""
+
+    def __init__(self, adapter: Adapter, paths: list[str]) -> None:
+        self.adapter = adapter
+        self.paths = paths
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self.adapter.enabled:
+            for path in self.paths:
+                self.adapter.apart.replace(path, module)
+
+
+class RestoreHook:
+    """Takes that back when the forward is over, be it by an error."""
+
+    def __init__(self, adapter: Adapter, paths: list[str]) -> None:
+        self.adapter = adapter
+        self.paths = paths
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for path in self.paths:
+            self.adapter.apart.restore(path, module)
+
+
 class StartHook:
     """Tells an adapter that a forward of its model begins."""
 
@@ -72,6 +111,13 @@ class Attachment:
             for path, places in self.adapter.places.items():
                 hook = SiteHook(self.adapter, places)
                 self.handles.append(modules[path].register_forward_hook(hook, with_kwargs=True))
+            for path in self.adapter.apart.called:
+                pair = PairHook(self.adapter, path)
+                self.handles.append(modules[path].register_forward_hook(pair, with_kwargs=True))
+            for path, weights in self.adapter.apart.read.items():
+                replace, restore = ReplaceHook(self.adapter, weights), RestoreHook(self.adapter, weights)
+                self.handles.append(modules[path].register_forward_pre_hook(replace))
+                self.handles.append(modules[path].register_forward_hook(restore, always_call=True))
             self.handles.append(self.model.register_forward_pre_hook(StartHook(self.adapter)))
             self.handles.append(self.model.register_forward_hook(EndHook(self.adapter)))
             self.model.add_module(PREFIX + self.adapter.name, self.adapter)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.language.errors import AdapterError, did_you_mean
+from tensorpeft.network.shapes import Site
 from tensorpeft.runtime.dense import GroupUpdates
 from tensorpeft.runtime.hooks import adapters
-from tensorpeft.runtime.weights import held_weight
+from tensorpeft.runtime.weights import Held, held
 
 if TYPE_CHECKING:
     from tensorpeft.runtime.adapter import Adapter
@@ -33,7 +34,7 @@ def delta(adapter: Adapter, module: str, task: int | None) -> Tensor:  # shape: 
 
 
 class Updates:
-    """The updates dW of an adapter's modules."""
+    """The updates dW of an adapter's weights."""
 
     def __init__(self, adapter: Adapter, task: int | None) -> None:
         _check_task(adapter, task)
@@ -41,22 +42,30 @@ class Updates:
         self.places: dict[str, list[tuple[int, int]]] = {}
         for number, group in enumerate(adapter.network.groups):
             for n, site in enumerate(group.sites):
-                self.places.setdefault(site.module, []).append((number, n))
+                self.places.setdefault(site.path, []).append((number, n))
         self.groups: dict[int, GroupUpdates] = {}
 
-    def of(self, module: str) -> Tensor:  # shape: (d_out, d_in)
-        """The update of a module, gathered from the sites that lie in it."""
-        if module not in self.places:
-            paths = [site.module for site in self.adapter.sites]
-            hint = did_you_mean(module, paths) or f"; one that has is `{paths[0]}`"
-            raise AdapterError(f"adapter `{self.adapter.name}` has no site at `{module}`{hint}")
-        places, groups = self.places[module], self.adapter.network.groups
-        first = groups[places[0][0]].sites[places[0][1]]
+    def site(self, path: str) -> Site:
+        """The first site that lies in a weight."""
+        if path not in self.places:
+            paths = list(self.places)
+            hint = did_you_mean(path, paths) or f"; one that has is `{paths[0]}`"
+            raise AdapterError(f"adapter `{self.adapter.name}` has no site at `{path}`{hint}")
+        group, number = self.places[path][0]
+        return self.adapter.network.groups[group].sites[number]
+
+    def of(self, path: str) -> Tensor:  # shape: (d_out, d_in), or (experts, d_out, d_in)
+        """The update of a weight, gathered from the sites that lie in it."""
+        first = self.site(path)
+        if first.kind != "linear":
+            attachment = self.adapter.attachment
+            module = attachment.model.get_submodule(first.module) if attachment is not None else None
+            return self.adapter.apart.delta(path, module)
         like = self.adapter.factors[self.adapter.network.blocks[0].name]
         dense = torch.zeros(first.module_d_out, first.d_in, dtype=like.dtype, device=like.device)
-        for group, number in places:
+        for group, number in self.places[path]:
             if group not in self.groups:
-                self.groups[group] = GroupUpdates(self.adapter, groups[group], self.task)
+                self.groups[group] = GroupUpdates(self.adapter, self.adapter.network.groups[group], self.task)
             for update, rows, columns in self.groups[group].at(number):
                 dense[rows[:, None], columns] += update.to(dense.dtype)
         return dense
@@ -75,23 +84,23 @@ def _check_task(adapter: Adapter, task: int | None) -> None:
 @torch.no_grad()
 def merge(adapter: Adapter, task: int | None) -> Merged:
     """Replace W by W + dW, computed in the wider of the two dtypes, in every module that has a site."""
-    if adapter.attachment is None:
-        raise AdapterError(f"adapter `{adapter.name}` is not attached to a model")
+    model = _model(adapter)
     if adapter.merged is not None:
         raise AdapterError(f"adapter `{adapter.name}` is already merged")
     _check_task(adapter, task)
     others = _merged_adapters(adapter)
     saved = Merged(task, 1 + max((m.order for _, m in others), default=0), {})
     try:
-        updates = Updates(adapter, task)
+        updates, owners = Updates(adapter, task), _owners(model)
         for path in updates.places:
-            weight, transposed = _weight(adapter, path)
-            change = updates.of(path).to(weight.device)
+            weight = _weight(adapter, updates.site(path), owners)
+            parameter = weight.parameter
+            change = updates.of(path).to(parameter.device)
             if not change.isfinite().all():
                 raise AdapterError(f"the update of `{path}` has values that are not finite; nothing was merged")
-            saved.weights[path] = weight.clone()
-            wide = torch.promote_types(weight.dtype, change.dtype)
-            weight.copy_(weight.to(wide) + (change.t() if transposed else change).to(wide))
+            saved.weights[path] = parameter.clone()
+            wide = torch.promote_types(parameter.dtype, change.dtype)
+            parameter.copy_(parameter.to(wide) + weight.stored(change).to(wide))
     except BaseException:
         _restore(adapter, saved)
         raise
@@ -110,22 +119,44 @@ def unmerge(adapter: Adapter) -> None:
 
 
 def _restore(adapter: Adapter, merged: Merged) -> None:
+    model, sites = _model(adapter), {site.path: site for site in adapter.sites}
     for path, values in merged.weights.items():
-        _weight(adapter, path)[0].copy_(values)
+        held(model.get_submodule(sites[path].module), sites[path]).parameter.copy_(values)
+
+
+def _model(adapter: Adapter) -> nn.Module:
+    if adapter.attachment is None:
+        raise AdapterError(f"adapter `{adapter.name}` is not attached to a model")
+    return adapter.attachment.model
 
 
 def _merged_adapters(adapter: Adapter) -> list[tuple[Adapter, Merged]]:
-    assert adapter.attachment is not None
-    found = ((other, other.merged) for other in adapters(adapter.attachment.model) if other is not adapter)
+    found = ((other, other.merged) for other in adapters(_model(adapter)) if other is not adapter)
     return [(other, merged) for other, merged in found if merged is not None]
 
 
-def _weight(adapter: Adapter, path: str) -> tuple[nn.Parameter, bool]:
-    assert adapter.attachment is not None
-    module = adapter.attachment.model.get_submodule(path)
-    held = held_weight(module)
-    if held is None:
+def _owners(model: nn.Module) -> dict[int, list[str]]:
+    """For each parameter of a model, by its id, the modules that have it."""
+    own = {id(module) for adapter in adapters(model) for module in adapter.modules()}
+    owners: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module.parameters(recurse=False) if id(module) not in own else ():
+            owners.setdefault(id(parameter), []).append(path)
+    return owners
+
+
+def _weight(adapter: Adapter, site: Site, owners: dict[int, list[str]]) -> Held:
+    module = _model(adapter).get_submodule(site.module)
+    weight = held(module, site)
+    if not weight.is_plain:
         raise AdapterError(
-            f"the weight of `{path}` ({type(module).__name__}) is no plain matrix of numbers, so nothing can be merged into it"
+            f"the weight of `{site.path}` ({type(module).__name__}) is no plain matrix of numbers, "
+            "so nothing can be merged into it"
         )
-    return held
+    others = [path for path in owners[id(weight.parameter)] if path != site.path]
+    if len(owners[id(weight.parameter)]) > 1:
+        raise AdapterError(
+            f"the weight of `{site.path}` is that of `{others[0]}` too, which the update is not for, "
+            "so nothing can be merged into it"
+        )
+    return weight

@@ -39,7 +39,7 @@ def run(
     if is_traced() or not torch.is_grad_enabled():
         return recorded(code, dtype, device, factors, indices)
     with torch.no_grad():
-        stacks = _run(code, dtype, device, factors, indices)
+        stacks = stacked(code, dtype, device, factors, indices)
     gradients = Gradients(stacks, factors)
     token = _Token.apply((code, dtype, device, indices), gradients, *factors)
     return Stacks(_rows(stacks), token, gradients)
@@ -53,7 +53,7 @@ def recorded(
     indices: tuple[Tensor, ...],
 ) -> Stacks:
     """The same, by autograd's own record where there is one."""
-    return Stacks(_rows(_run(code, dtype, device, factors, indices)))
+    return Stacks(_rows(stacked(code, dtype, device, factors, indices)))
 
 
 def is_traced() -> bool:
@@ -61,7 +61,8 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _run(code: Any, dtype: torch.dtype, device: torch.device, factors: Any, indices: Any) -> tuple[Tensor, ...]:
+def stacked(code: Any, dtype: torch.dtype, device: torch.device, factors: Any, indices: Any) -> tuple[Tensor, ...]:
+    """The stacks as they are, (rows, ...) each."""
     with torch.autocast(factors[0].device.type, enabled=False):
         return tuple(stack.to(device) for stack in code.forward(dtype, *factors, *indices))
 
@@ -153,7 +154,7 @@ class _Token(torch.autograd.Function):
         leaves = [factor.detach().requires_grad_(want) for factor, want in zip(ctx.factors, wanted, strict=True)]
         code, dtype, device, indices = ctx.prologue
         with torch.enable_grad():
-            stacks = _run(code, dtype, device, leaves, indices)
+            stacks = stacked(code, dtype, device, leaves, indices)
         reached = [(stacks[number], gradient) for number, gradient in found.items() if stacks[number].requires_grad]
         trained = [leaf for leaf in leaves if leaf.requires_grad]
         if not reached:

@@ -1,8 +1,9 @@
-"""The weight of the base at a site: as the module holds it, and as an update may read it."""
+"""The weight of the base at a site: where it is, how the matrix lies in it, and what an update may read of it."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,12 +16,44 @@ if TYPE_CHECKING:
     from tensorpeft.runtime.adapter import Adapter
 
 
-def held_weight(module: nn.Module) -> tuple[nn.Parameter, bool] | None:
-    """A module's weight, and whether it is stored (d_in, d_out), as Conv1D stores it; None if it is no plain matrix."""
-    weight = module.weight
-    if not isinstance(weight, nn.Parameter) or not weight.is_floating_point() or weight.dim() != 2:
-        return None
-    return weight, hasattr(module, "nf")
+@dataclass(frozen=True)
+class Held:
+    """A weight: the parameter ``name`` of a module, in which the matrix may lie turned, as (d_in, d_out)."""
+
+    module: nn.Module
+    name: str
+    is_turned: bool
+
+    @property
+    def parameter(self) -> Any:
+        """What the module has there: of a quantised one it may be no parameter."""
+        return getattr(self.module, self.name, None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a parameter of plain numbers."""
+        return isinstance(self.parameter, nn.Parameter) and self.parameter.is_floating_point()
+
+    def matrix(self, stored: Tensor) -> Tensor:  # shape: (..., d_out, d_in)
+        """The values of the weight, or others like them, as a matrix; as one for each expert where there are several."""
+        if self.is_turned:
+            return stored.mT
+        is_convolution = isinstance(self.module, _CONVOLUTIONS)
+        return stored.reshape(stored.shape[0], -1) if is_convolution else stored
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix as the module stores it."""
+        return matrix.mT if self.is_turned else matrix.reshape(self.parameter.shape)
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def held(module: nn.Module, site: Site) -> Held:
+    """The weight of a site, whose module is given."""
+    *inside, name = (site.parameter or "weight").split(".")
+    owner = module.get_submodule(".".join(inside))
+    return Held(owner, name, site.transposed or site.kind == "embedding" or hasattr(owner, "nf"))
 
 
 def base_weight(adapter: Adapter, module: nn.Module, site: Site) -> Tensor:  # shape: (d_out, d_in) of the site
@@ -29,14 +62,15 @@ def base_weight(adapter: Adapter, module: nn.Module, site: Site) -> Tensor:  # s
     Raises:
         AdapterError: the weight is quantised.
     """
-    held = held_weight(module)
-    if held is None:
+    found = held(module, site)
+    if not found.is_plain:
         raise AdapterError(
-            f"adapter `{adapter.name}` multiplies by the base weight `W`, but that of `{site.module}` "
+            f"adapter `{adapter.name}` multiplies by the base weight `W`, but that of `{site.path}` "
             f"({type(module).__name__}) is no plain matrix of numbers"
         )
-    weight = _before_merges(adapter, site.module, held[0].detach())
-    weight = weight.t() if held[1] else weight
+    weight = found.matrix(_before_merges(adapter, site.path, found.parameter.detach()))
+    if weight.dim() == 3:
+        weight = weight[site.expert]
     if site.rows is None:
         return weight
     rows = site.rows

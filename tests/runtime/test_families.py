@@ -346,7 +346,7 @@ def watch(module: nn.Module, keep: Callable[[Tensor], Any]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_which_sites_read_the_very_same_tensor(name):
     model = CASES[name].build().double().eval()
-    sites = [site for site in scan(model).sites if site.is_linear and site.stack is not None and site.layer == 0]
+    sites = [site for site in scan(model).sites if site.kind == "linear" and site.stack is not None and site.layer == 0]
     tensors: dict[str, Tensor] = {}  # kept alive, so that no two can have one place
     for path in {site.module for site in sites}:
         watch(model.get_submodule(path), partial(tensors.setdefault, path))  # of several calls the first

@@ -1,0 +1,84 @@
+"""Emits what builds the tensors of some sites that are no linear modules, from the factors, each time that one of these runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from tensorpeft.language.spec import BASE_WEIGHT
+from tensorpeft.network.network import Group, Term
+from tensorpeft.planning.chain import Chain, Link, chain
+from tensorpeft.planning.paths import Order
+from tensorpeft.planning.plan import GroupPlan, Plan
+from tensorpeft.runtime import prologue
+from tensorpeft.runtime.prologue_code import PrologueCode
+from tensorpeft.runtime.strand import Piece
+
+
+@dataclass(frozen=True)
+class Built:
+    """The tensors of one product's links, each (sites, one axis for each of the link's modes), and what multiplies it."""
+
+    term: Term
+    chain: Chain
+    alpha: float
+    tensors: tuple[Tensor, ...]
+
+    def dense(self) -> Tensor:  # shape: (sites, rows, columns)
+        """The whole product, of a chain of one link."""
+        (link,), (tensor,) = self.chain.links, self.tensors
+        order = [link.modes.index(mode) for mode in (*self.term.d_out, *self.term.d_in)]
+        rows = self.term.size(self.term.d_out)
+        return tensor.permute(0, *(1 + axis for axis in order)).reshape(len(tensor), rows, -1) * self.alpha
+
+
+class ApartCode:
+    """The tensors of the links of a group's products, at all of its sites."""
+
+    def __init__(self, plan: Plan, group: Group, orders: Iterable[Order]) -> None:
+        self.group = group
+        bundles = tuple((number,) for number in range(len(group.sites)))
+        self.chains = tuple(
+            chain(group, term, order, 1, bundles, beforehand=True)
+            for term, order in zip(group.terms, orders, strict=True)
+        )
+        blocks = {operand.block.name: operand.block for term in group.terms for operand in term.operands}
+        planned = GroupPlan(group, self.chains, bundles, 0)
+        code = PrologueCode(Plan(replace(plan.network, blocks=tuple(blocks.values())), plan.regime, (planned,), ()))
+        self.stacks = [
+            [code.stack([code.part(group, term, link, _piece(link), bundles)]) for link in each.links]
+            for term, each in zip(group.terms, self.chains, strict=True)
+        ]
+        self.code: fx.GraphModule = code.finish()
+        self.inputs, self.indices = tuple(code.inputs), tuple(torch.tensor(index) for index in code.indices)
+
+    @property
+    def has_base(self) -> bool:
+        """Whether the base weight is one of the factors."""
+        return BASE_WEIGHT in self.inputs
+
+    def __call__(self, factors: Mapping[str, Tensor], dtype: torch.dtype) -> Iterator[Built]:
+        """The tensors for factors by the names of their blocks; autograd records how they come about."""
+        given = tuple(factors[name] for name in self.inputs)
+        device = given[0].device
+        indices = tuple(index.to(device) for index in self.indices)
+        found = prologue.stacked(self.code, dtype, device, given, indices)
+        for term, each, stacks in zip(self.group.terms, self.chains, self.stacks, strict=True):
+            tensors = tuple(_at_sites(found[stack], of_site) for stack, of_site in stacks)
+            yield Built(term, each, each.sign * self.group.scale, tensors)
+
+
+def _piece(link: Link) -> Piece:
+    return Piece(link.operands, tuple((mode,) for mode in link.modes), link.trainable, False)
+
+
+def _at_sites(stack: Tensor, of_site: tuple[int, ...]) -> Tensor:  # shape: (rows, ...) -> (sites, ...)
+    """A tensor for each site, which several may share."""
+    if of_site == tuple(range(len(stack))):
+        return stack
+    if len({*of_site}) == 1:
+        return stack[of_site[0]].expand(len(of_site), *stack.shape[1:])
+    return stack[list(of_site)]

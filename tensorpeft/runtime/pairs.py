@@ -1,0 +1,87 @@
+"""The update at a convolution or an embedding: the module's own operation with a tensor over its input, then perhaps one more."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from tensorpeft.language.spec import BASE_WEIGHT
+from tensorpeft.network.network import Group
+from tensorpeft.planning.apart import some_sites
+from tensorpeft.planning.plan import GroupPlan
+from tensorpeft.runtime import ops
+from tensorpeft.runtime.apart_code import ApartCode, Built
+from tensorpeft.runtime.weights import base_weight
+
+if TYPE_CHECKING:
+    from tensorpeft.runtime.adapter import Adapter
+
+_CONVOLVE = (functional.conv1d, functional.conv2d, functional.conv3d)
+
+
+class PairUpdate:
+    """The update at one site."""
+
+    def __init__(self, adapter: Adapter, planned: GroupPlan, number: int) -> None:
+        self.adapter = adapter
+        group: Group = some_sites(planned.group, (number,))
+        orders = (tuple(link.operands for link in each.links) for each in planned.chains)
+        self.code = ApartCode(adapter.plan, group, orders)
+        self.site = group.sites[0]
+
+    def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The output of the module for its input, with the update added."""
+        factors = {name: self.adapter.factors[name] for name in self.code.inputs if name != BASE_WEIGHT}
+        if self.code.has_base:
+            weight = base_weight(self.adapter, module, self.site).to(next(iter(factors.values())))
+            factors[BASE_WEIGHT] = weight.unsqueeze(0)
+        for built in self.code(factors, y.dtype):
+            y = self._added(module, built, x, y)
+        return y
+
+    def _added(self, module: nn.Module, built: Built, x: Tensor, y: Tensor) -> Tensor:
+        """The output with one product added."""
+        channel = -1 if self.site.kind == "embedding" else -1 - len(module.kernel_size)  # type: ignore[arg-type]
+        h = self._first(module, _first_matrix(built, self.site.d_in), x, y.dtype).movedim(channel, -1)
+        if len(built.tensors) > 1:
+            h = _second(built, h)
+        if built.term.rows is not None:
+            rows = torch.from_numpy(built.term.rows).to(y.device)
+            h = h.new_zeros(*h.shape[:-1], self.site.d_out).index_copy(-1, rows, h)
+        return y + h.movedim(-1, channel)
+
+    def _first(self, module: Any, matrix: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """The module's own operation with a matrix (features, columns) for its weight."""
+        if self.site.kind == "embedding":
+            return functional.embedding(x, matrix.t(), module.padding_idx)
+        weight = matrix.reshape(len(matrix), module.in_channels, *module.kernel_size)
+        padding = module.padding
+        if module.padding_mode != "zeros":
+            x, padding = functional.pad(x, module._reversed_padding_repeated_twice, module.padding_mode), 0
+        convolve = _CONVOLVE[len(module.kernel_size) - 1]
+        return convolve(x.to(dtype), weight, None, module.stride, padding, module.dilation)
+
+
+def _first_matrix(built: Built, d_in: int) -> Tensor:  # shape: (features, d_in)
+    """What the input meets first; it is zero in columns that masks leave out."""
+    term, link, tensor = built.term, built.chain.links[0], built.tensors[0]
+    if len(built.tensors) == 1:
+        matrix = built.dense()[0]
+    else:
+        order = [link.modes.index(mode) for mode in (*link.new, *term.d_in)]
+        matrix = tensor[0].permute(order).reshape(-1, term.size(term.d_in))
+    if term.columns is None:
+        return matrix
+    columns = torch.from_numpy(term.columns).to(matrix.device)
+    return matrix.new_zeros(len(matrix), d_in).index_copy(1, columns, matrix)
+
+
+def _second(built: Built, h: Tensor) -> Tensor:  # shape: (..., features) -> (..., rows)
+    """The activation behind the second tensor."""
+    term, (first, second) = built.term, built.chain.links
+    h = h.unflatten(-1, [term.sizes[mode] for mode in first.new])
+    equation = ops.equation([(..., *first.new), second.modes], (..., *term.d_out))
+    return torch.einsum(equation, h, built.tensors[1][0]).flatten(-len(term.d_out)) * built.alpha

@@ -1,0 +1,92 @@
+"""dW of a whole weight, all its parts and experts at once: what is merged, and what a weight that a forward reads becomes."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tensorpeft.language.errors import AdapterError
+from tensorpeft.language.spec import BASE_WEIGHT
+from tensorpeft.network.network import Group, Term
+from tensorpeft.network.shapes import Rows, Site
+from tensorpeft.planning.apart import some_sites
+from tensorpeft.planning.paths import Order
+from tensorpeft.runtime.apart_code import ApartCode
+from tensorpeft.runtime.weights import base_weight
+
+if TYPE_CHECKING:
+    from tensorpeft.runtime.adapter import Adapter
+
+
+class WholeUpdate:
+    """The update of one weight of a kind other than linear, by the sites that lie in it."""
+
+    def __init__(self, adapter: Adapter, path: str) -> None:
+        self.adapter = adapter
+        self.codes = [_code(adapter, group, numbers) for group, numbers in _parts(adapter, path)]
+        sites = [site for code in self.codes for site in code.group.sites]
+        self.site: Site = sites[0]
+        experts = [1 + site.expert for site in sites if site.expert is not None]
+        self.shape = (*([max(experts)] if experts else []), self.site.module_d_out, self.site.d_in)
+
+    def matrix(self, module: nn.Module | None) -> Tensor:  # shape: (d_out, d_in), or (experts, d_out, d_in)
+        """DW in the factors' dtype, of a weight of a module. It carries gradients where autograd records."""
+        products = [product for code in self.codes for product in self._products(code, module)]
+        total = products[0]
+        for product in products[1:]:
+            total = total + product
+        return total
+
+    def _products(self, code: ApartCode, module: nn.Module | None) -> list[Tensor]:
+        """Each product at the sites of one group, zero where it has no sites."""
+        factors = {name: self.adapter.factors[name] for name in code.inputs if name != BASE_WEIGHT}
+        like = next(iter(factors.values()))
+        if code.has_base:
+            if module is None:
+                raise AdapterError(f"adapter `{self.adapter.name}` is not attached to a model, so there is no `W`")
+            base = [base_weight(self.adapter, module, site) for site in code.group.sites]
+            factors[BASE_WEIGHT] = torch.stack(base).to(like)
+        return [_placed(built.dense(), built.term, code.group.sites, self.shape) for built in code(factors, like.dtype)]
+
+
+def _parts(adapter: Adapter, path: str) -> list[tuple[Group, tuple[int, ...]]]:
+    """The sites of a weight: of each group, and of each part of a fused weight, those of its experts."""
+    found = []
+    for group in adapter.network.groups:
+        by_rows: dict[Rows | None, list[int]] = defaultdict(list)
+        for number, site in enumerate(group.sites):
+            if site.path == path:
+                by_rows[site.rows].append(number)
+        found += [(group, tuple(numbers)) for numbers in by_rows.values()]
+    return found
+
+
+def _code(adapter: Adapter, group: Group, numbers: tuple[int, ...]) -> ApartCode:
+    return ApartCode(adapter.plan, some_sites(group, numbers), (_everything(term) for term in group.terms))
+
+
+def _everything(term: Term) -> Order:
+    return (tuple(range(len(term.operands))),)
+
+
+def _placed(update: Tensor, term: Term, sites: tuple[Site, ...], shape: tuple[int, ...]) -> Tensor:
+    """An update (sites, rows, columns) where it belongs in the weight's matrices, and zero elsewhere."""
+    rows = sites[0].row_indices() if term.rows is None else sites[0].row_indices()[term.rows]
+    update = _spread(update, 2, term.columns, shape[-1])
+    update = _spread(update, 1, rows, shape[-2])
+    if len(shape) == 2:
+        return update[0]
+    experts = np.array([site.expert for site in sites])
+    return _spread(update, 0, experts, shape[0])
+
+
+def _spread(tensor: Tensor, axis: int, positions: np.ndarray | None, size: int) -> Tensor:
+    """A tensor whose numbers go to some positions of a longer axis."""
+    if positions is None or (len(positions) == size and np.array_equal(positions, np.arange(size))):
+        return tensor
+    empty = tensor.new_zeros([*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]])
+    return empty.index_add(axis, torch.from_numpy(positions).to(tensor.device), tensor)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations
@@ -15,6 +15,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.func import functional_call
 
 import tensorpeft as tp
 from tensorpeft.language.errors import SpecError
@@ -354,6 +355,61 @@ def test_which_sites_read_the_very_same_tensor(name):
     pairs = [(a, b) for a, b in combinations(sites, 2) if "falcon" not in name or {a.matrix, b.matrix} < {*ATTENTION}]
     together = {(a.matrix, b.matrix) for a, b in pairs if tensors[a.module] is tensors[b.module]}
     assert together == {(a.matrix, b.matrix) for a, b in pairs if a.reads and a.reads == b.reads}
+
+
+EVERYTHING = (
+    "tensorpeft: 1\ntarget: {matrices: ['*']}\nrank: {r: 2}\nfactors: {B: {init: zeros}}\n"
+    "update: B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in]\n"
+)
+UNREACHED = {  # what the first output does not depend on, or, of PEGASUS and Marian, is computed without gradients
+    "bert, body": ("pooler.dense",),
+    "mpnet": ("pooler.dense",),
+    "esm": ("esm.contact_head.regression",),
+    "siglip, text": ("head",),
+    "siglip, vision": ("head.attention.in_proj_weight", "head.attention.out_proj", "head.mlp.fc1", "head.mlp.fc2"),
+    "pegasus": ("model.encoder.embed_positions", "model.decoder.embed_positions"),
+    "marian": ("model.encoder.embed_positions", "model.decoder.embed_positions"),
+    "phimoe": ("model.layers.0.mlp.router",),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_site_of_every_kind_is_reached(name):
+    """The output is that of the base with W + dW everywhere, and each site's own factors have a part in it."""
+    model = CASES[name].build().double().eval()
+    adapter = tp.attach(model, EVERYTHING)
+    randomise(adapter, std=0.1)
+    output = model(**inputs(model))[0]
+    output.square().sum().backward()
+    with torch.no_grad(), adapter.disabled():
+        expected = functional_call(model, changed(model, adapter), (), inputs(model), tie_weights=False)[0]
+    assert (output - expected).norm() < 1e-12 * expected.norm()
+    assert {site.path for site in unmoved(adapter)} == {*UNREACHED.get(name, ())}
+
+
+def changed(model: nn.Module, adapter: tp.Adapter) -> dict[str, Tensor]:
+    """By its name each weight that has sites, with the update added."""
+    found = {}
+    for site in {site.path: site for site in adapter.sites}.values():
+        name = f"{site.module}.{site.parameter or 'weight'}".removeprefix(".")
+        weight = model.get_parameter(name)
+        turned = site.transposed or site.kind == "embedding" or hasattr(model.get_submodule(site.module), "nf")
+        delta = adapter.delta(site.path)
+        found[name] = weight + (delta.mT if turned else delta.reshape(weight.shape))
+    return found
+
+
+def unmoved(adapter: tp.Adapter) -> Iterator[Site]:
+    """The sites whose own B has no gradient."""
+    for group in adapter.network.groups:
+        operand = group.terms[0].operands[0]
+        gradient, axes = adapter.factors[operand.block.name].grad, operand.block.axes
+        for key, site in zip(operand.keys, group.sites, strict=True):
+            bound = [axis for axis in axes if axis.labels is not None]
+            labels = [key] if bound[0].mode == "site" else key
+            at = tuple(axis.labels.index(label) for axis, label in zip(bound, labels, strict=True))
+            if gradient is None or not gradient[at].any():
+                yield site
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -16,6 +16,7 @@ from tensorpeft.network.packing import Masking, masking
 from tensorpeft.network.scores import Scores
 from tensorpeft.network.selection import Kind, kinds
 from tensorpeft.network.shapes import Key, ModelShape
+from tensorpeft.network.spectral import refuse_excess
 from tensorpeft.network.stacks import by_stack
 from tensorpeft.network.targets import choose
 from tensorpeft.network.use import Layouts, Placed, Sizes, Use, Users, refuse_ragged, serving_sizes, use, users_of
@@ -111,6 +112,7 @@ def _of_stack(spec: Spec, model: ModelShape, placed: Placed) -> Callable[[Spec],
         total = 0
         for each in uses:
             refuse_ragged(sized, each, [each.sizes(kind, layouts) for kind in each.names])
+            refuse_excess(sized, each, layouts)
         for each in trained:
             masks = masking(sized, each, layouts, scores)
             if masks is None:

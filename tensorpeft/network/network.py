@@ -33,6 +33,19 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Unfolding:
+    """Where a tensor that starts from the base weight holds the vectors of a decomposition.
+
+    The vectors, (side, bond), are seen as (*atoms of the side, bond); each free axis consists of some of these, by number, or
+    of none: then it repeats the numbers.
+    """
+
+    rank: int  # how many vectors
+    side: tuple[int, ...]  # the sizes of the atoms; none where it holds singular values alone
+    axes: tuple[tuple[int, ...], ...]  # one entry for each free axis
+
+
+@dataclass(frozen=True)
 class Block:
     """One stored tensor of a factor.
 
@@ -53,9 +66,8 @@ class Block:
     origin: str = ""  # the factor whose numbers it starts from: another one's where its `init` is `start(...)`
     init: Initialiser = Call("zeros")  # how that one starts
     stack: str = ""  # of several stacks, whose it is
-    names: dict[Key, dict[str, float]] = field(
-        default_factory=dict, hash=False, compare=False
-    )  # of which `init` speaks
+    names: dict[Key, dict[str, float]] = field(default_factory=dict, hash=False, compare=False)  # what `init` speaks of
+    unfolding: Unfolding | None = None  # of one that is data-dependent
 
     @property
     def packed(self) -> bool:

@@ -17,6 +17,7 @@ from tensorpeft.network.network import Axis, Block
 from tensorpeft.network.packing import Kept, Masking
 from tensorpeft.network.selection import Kind
 from tensorpeft.network.shapes import Key, Site
+from tensorpeft.network.spectral import refuse_excess, unfolding
 from tensorpeft.network.use import Layouts, Placed, Sizes, Use, Users, serving_indices, users_of
 
 
@@ -63,6 +64,7 @@ def store(spec: Spec, use: Use, placed: Placed, layouts: Layouts, masking: Maski
     Raises:
         SpecError: a mask, an initialiser, or the policy for a ragged mode does not fit the sizes.
     """
+    refuse_excess(spec, use, layouts)
     users = users_of(spec, use, placed, layouts)
     keys_of: dict[Sizes, list[Key]] = defaultdict(list)
     for key, sizes in users:
@@ -73,6 +75,8 @@ def store(spec: Spec, use: Use, placed: Placed, layouts: Layouts, masking: Maski
         mine = {key: users[key, sizes] for key in keys}
         block = _block(spec, use, sizes, keys, ragged, stack)
         block = replace(block, names=_names(block, mine, layouts))
+        if block.data_dependent:
+            block = replace(block, unfolding=unfolding(block, use, mine, layouts))
         if masking is not None:
             kept = _kept(masking, block, sizes, mine)
             block = _packed(block, kept, masking.by_entries)

@@ -24,6 +24,7 @@ from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.hooks import Attachment
 from tensorpeft.runtime.prologue import Stacks
 from tensorpeft.runtime.set_run import SetRun
+from tensorpeft.runtime.spectral import fill_from_weights
 from tensorpeft.runtime.weights import base_weight
 
 
@@ -185,9 +186,15 @@ class Adapter(nn.Module):
         return saving.save(self, folder)
 
     def reset_parameters(self) -> None:
-        """Set every factor to its initial values, which the spec's seed determines, and what it trains of the base to its own."""
+        """Set every factor to its initial values, by the seed or the base weights, and what it trains of the base to its own.
+
+        Raises:
+            AdapterError: a factor starts from a weight that is quantised or not finite.
+        """
         for block in self.network.blocks:
             self.factors.fill(block, self.spec.seed)
+        if self.attachment is not None:
+            fill_from_weights(self)
         self.extras.reset_parameters()
         self.forget()
 

@@ -15,6 +15,7 @@ from tensorpeft.network.network import Network
 from tensorpeft.planning.plan import Plan
 from tensorpeft.runtime.adapter import Adapter
 from tensorpeft.runtime.hooks import PREFIX, Attachment
+from tensorpeft.runtime.spectral import fill_from_weights
 
 
 def attach_plan(
@@ -42,6 +43,8 @@ def attach_plan(
     if values is not None:
         adapter.factors.put({block.name: values[block.name] for block in plan.network.blocks})
     adapter.attachment = Attachment(model, adapter)
+    if values is None:
+        fill_from_weights(adapter)
     adapter.train(model.training)
     stored = {extra.path: stored_name(extra.path) for extra in plan.network.extras}
     adapter.attachment.install({path: values[name] for path, name in stored.items()} if values is not None else {})

@@ -38,8 +38,9 @@ class Factors(nn.Module):
         return tensor
 
     def fill(self, block: Block, seed: int) -> None:
-        """Set a block to its initial values."""
-        _fill(self[block.name], block, seed)
+        """Set a block to its initial values, if they do not come from the base weight."""
+        if not block.data_dependent:
+            _fill(self[block.name], block, seed)
 
     def put(self, values: Mapping[str, Tensor]) -> None:
         """Replace the tensors of blocks by others of their shapes: the dtype is the new tensor's, the device stays.
@@ -66,14 +67,14 @@ def _fill(tensor: Tensor, block: Block, seed: int) -> None:
     """Set a tensor to a block's initial values; each is computed in float64 and rounded once."""
     if tensor.is_meta:
         return
-    for rows, (_, values) in zip(_key_views(tensor, block), initial_values(block, seed), strict=True):
+    for rows, (_, values) in zip(key_views(tensor, block), initial_values(block, seed), strict=True):
         if isinstance(values, np.ndarray):
             rows.copy_(torch.from_numpy(values))
         else:
             rows.fill_(values)
 
 
-def _key_views(tensor: Tensor, block: Block) -> list[Tensor]:
+def key_views(tensor: Tensor, block: Block) -> list[Tensor]:
     """For each key of a block, the view of the tensor that holds its values."""
     if block.packed:
         parts = tensor.split(block.key_sizes)

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
-from tensorpeft.network.network import Term
+from tensorpeft.network.network import Group, Term
+from tensorpeft.planning.apart import some_sites
+from tensorpeft.planning.chain import ANY_SITE, SITE, Chain, Link, operand_modes, site_sizes
 from tensorpeft.planning.cost import Built, prologue_key
-from tensorpeft.planning.plan import SITE, TOKEN, GroupPlan, Link, Plan, operand_modes, site_sizes
+from tensorpeft.planning.paths import TOKEN
+from tensorpeft.planning.plan import GroupPlan, Plan
+from tensorpeft.planning.regime import Regime
 from tensorpeft.reporting.panels import sites_of, span_of
-from tensorpeft.reporting.report import FLOAT_BYTES
 from tensorpeft.reporting.table import Cell, Table
 
+OUTPUT = "y"  # of a site
 Tensor = tuple[str, tuple[str, ...]]  # a name and its modes
 
 
 @dataclass(frozen=True)
 class Step:
-    """One contraction of two tensors. All numbers are those of one run."""
+    """One contraction of two tensors. Costs are those of one run; a multiply-add is two FLOPs."""
 
     sites: str  # for which sites it is
     runs: int  # in a forward pass
@@ -26,71 +31,136 @@ class Step:
     right: Tensor
     result: Tensor
     sizes: tuple[tuple[str, int], ...]  # of every mode that is met
-    flops: int  # a multiply-add is two
-    bytes: int  # of the two tensors read and of the one written, in float32
+    flops: int  # forward
+    backward: int  # FLOPs of the backward pass; 0 where the plan is for a forward pass alone
+    bytes: int  # forward: read and written, with as many bytes a number as the plan says
 
     def __str__(self) -> str:
-        (left, right, result) = (f"{name}[{_told(modes)}]" for name, modes in (self.left, self.right, self.result))
+        (left, right, result) = (f"{name}[{', '.join(modes)}]" for name, modes in (self.left, self.right, self.result))
         return f"{result} = {left} * {right}"
 
 
-def _told(modes: Iterable[str]) -> str:
-    return ", ".join(mode.strip("<>") for mode in modes)  # no mode of a spec has brackets
+@dataclass(frozen=True)
+class _Meter:
+    """What a step costs at a group of sites."""
+
+    group: Group
+    sizes: Mapping[str, int]
+    regime: Regime
+
+    def step(self, runs: int, left: Tensor, right: Tensor, result: Tensor, *, passes: int) -> Step:
+        """A contraction; its backward pass, where there is one, does its work so many times again."""
+        every = dict.fromkeys((*left[1], *right[1]))
+        flops = self._size(every) * (1 if every.keys() <= {*result[1]} else 2)
+        moved = sum(self._size(modes) for _, modes in (left, right, result))
+        if result[0] == OUTPUT:  # it is added to the base's, which is read first
+            moved += self._size(result[1])
+        return Step(
+            sites=sites_of(self.group.sites),
+            runs=runs,
+            left=self._shown(left),
+            right=self._shown(right),
+            result=self._shown(result),
+            sizes=tuple((mode.strip("<>"), self.sizes[mode]) for mode in self._met(every)),
+            flops=flops,
+            backward=flops * passes * self.regime.gradients,
+            bytes=moved * self.regime.number_bytes,
+        )
+
+    def _size(self, modes: Iterable[str]) -> int:
+        return prod(self.sizes[mode] for mode in modes)
+
+    def _met(self, modes: Iterable[str]) -> Iterator[str]:
+        """Modes that are worth telling: not those of a single site."""
+        return (mode for mode in modes if mode not in (SITE, ANY_SITE) or self.sizes[mode] > 1)
+
+    def _shown(self, tensor: Tensor) -> Tensor:
+        return tensor[0], tuple(mode.strip("<>") for mode in self._met(tensor[1]))
 
 
 def steps(plan: Plan) -> tuple[Step, ...]:
-    """What is done once, on factors alone, and then what is done at each site; group by group."""
-    made: Built = set()
-    return tuple(step for group in plan.groups for step in _group(group, plan.regime.tokens, made))
+    """What is done once, on factors alone, and then what is done at the sites; group by group."""
+    built: Built = set()
+    groups = [_whole(group) for group in plan.groups]
+    before = [step for group in groups for step in _prologue(group, plan.regime, built)]
+    after = [step for group in groups for step in _sites(group, plan.regime)]
+    return (*before, *after)
 
 
-def _group(plan: GroupPlan, tokens: int, made: Built) -> Iterator[Step]:
+def _whole(plan: GroupPlan) -> GroupPlan:
+    """A group of other sites than linear modules as it is planned: the base weight is a factor like any other."""
     group = plan.group
-    where = sites_of(group.sites)
-    for chain, term in zip(plan.chains, group.terms, strict=True):
-        sizes = {**term.sizes, **site_sizes(group), TOKEN: tokens, "task": 1}
+    return plan if group.kind == "linear" else replace(plan, group=some_sites(group, range(len(group.sites))))
+
+
+def _prologue(plan: GroupPlan, regime: Regime, built: Built) -> Iterator[Step]:
+    """The steps that build the tensors of links for all sites at once; what another group has built is there already."""
+    shared = built if plan.group.kind == "linear" else set()
+    for chain, term in zip(plan.chains, plan.group.terms, strict=True):
+        meter = _Meter(plan.group, {**term.sizes, **site_sizes(plan.group)}, regime)
         for link in chain.links:
-            runs = (len(plan.bundles) if link.shared else len(group.sites)) if link.at_site else 1
-            if prologue_key(term, link) not in made or link.at_site:
-                yield from _building(plan, term, link, where, runs)
-            made.add(prologue_key(term, link))
-        name = "x"
-        for at, link in enumerate(chain.links):
-            result = "y" if at == len(chain.links) - 1 else f"x{at + 1}"
-            tensor = (_name(term, link), link.modes)
-            before, after = (tuple(mode for mode in modes if mode != SITE) for modes in (link.before, link.after))
-            runs = len(plan.bundles) if link.shared else len(group.sites)  # sites that read one tensor share a step
-            if link.flops:  # a row is looked up, and a weight replaced, without any
-                yield _step(where, runs, (name, before), tensor, (result, after), sizes)
-            name = result
+            if not link.at_site and prologue_key(term, link) not in shared:
+                shared.add(prologue_key(term, link))
+                inputs = {i: operand_modes(plan.group, term.operands[i]) for i in link.operands}
+                final = (*link.site_modes, *link.modes)
+                yield from _building(meter, term, link, inputs, final, runs=1, passes=2 * link.trainable)
 
 
-def _building(plan: GroupPlan, term: Term, link: Link, where: str, runs: int) -> Iterator[Step]:
-    """The steps that build a link's tensor: for all sites at once, or at each."""
-    sizes = {**term.sizes, **site_sizes(plan.group)}
-    operands = [term.operands[i] for i in link.operands]
-    live = [(o.factor, o.modes if link.at_site else operand_modes(plan.group, o)) for o in operands]
-    final = (*link.site_modes, *link.modes)
-    for path in link.path:
-        left, right = (live[i] for i in path)
-        live = [tensor for i, tensor in enumerate(live) if i not in path]
+def _sites(plan: GroupPlan, regime: Regime) -> Iterator[Step]:
+    """The steps at the sites. Those that read one tensor go together as far as the plan lets them."""
+    for chain, term in zip(plan.chains, plan.group.terms, strict=True):
+        meter = _Meter(plan.group, term.sizes, regime)
+        for link in chain.links:
+            if link.at_site:  # and again in the backward pass, which then has two products for each
+                inputs = {i: term.operands[i].modes for i in link.operands}
+                runs, passes = len(plan.group.sites), 1 + 2 * link.trainable
+                yield from _building(meter, term, link, inputs, link.modes, runs=runs, passes=passes)
+        for together, number in sorted(Counter(map(len, plan.bundles)).items()):
+            yield from _activation(plan, chain, term, together, number, regime)
+
+
+def _activation(
+    plan: GroupPlan, chain: Chain, term: Term, together: int, number: int, regime: Regime
+) -> Iterator[Step]:
+    """The activation meets link after link, at each of ``number`` inputs that so many sites read together."""
+    meter = _Meter(plan.group, {**term.sizes, TOKEN: regime.tokens, "task": 1, SITE: together}, regime)
+    name = "x"
+    for at, link in enumerate(chain.links):
+        last = at == len(chain.links) - 1
+        own = (SITE,) if link.own and not last else ()
+        source = name, tuple(mode for mode in link.before if not (last and mode == SITE))
+        tensor = _name(term, link.operands), (*own, *link.modes)
+        result = OUTPUT if last else f"x{at + 1}", link.after
+        runs = number * (together if last else 1)
+        if link.flops:  # a row is looked up, and a weight replaced, without any
+            yield meter.step(runs, source, tensor, result, passes=1 + link.trainable)
+        name = result[0]
+
+
+def _building(
+    meter: _Meter,
+    term: Term,
+    link: Link,
+    inputs: dict[int, tuple[str, ...]],
+    final: tuple[str, ...],
+    *,
+    runs: int,
+    passes: int,
+) -> Iterator[Step]:
+    """A link's tensor, built pair by pair."""
+    live: list[tuple[tuple[int, ...], tuple[str, ...]]] = [((operand,), modes) for operand, modes in inputs.items()]
+    for pair in link.path:
+        (left, left_modes), (right, right_modes) = (live[i] for i in pair)
+        live = [tensor for i, tensor in enumerate(live) if i not in pair]
         needed = {*final, *(mode for _, modes in live for mode in modes)}
-        kept = tuple(mode for mode in dict.fromkeys((*left[1], *right[1])) if mode in needed) if live else final
-        result = (f"{left[0]}.{right[0]}", kept)
-        yield _step(where, runs, left, right, result, sizes)
-        live.append(result)
+        kept = tuple(mode for mode in dict.fromkeys((*left_modes, *right_modes)) if mode in needed) if live else final
+        live.append((tuple(sorted((*left, *right))), kept))
+        tensors = ((left, left_modes), (right, right_modes), live[-1])
+        yield meter.step(runs, *((_name(term, operands), modes) for operands, modes in tensors), passes=passes)
 
 
-def _name(term: Term, link: Link) -> str:
-    return ".".join(term.operands[i].factor for i in link.operands)
-
-
-def _step(where: str, runs: int, left: Tensor, right: Tensor, result: Tensor, sizes: Mapping[str, int]) -> Step:
-    every = dict.fromkeys((*left[1], *right[1]))
-    flops = prod(sizes[mode] for mode in every) * (1 if every.keys() <= {*result[1]} else 2)
-    moved = sum(prod(sizes[mode] for mode in modes) for _, modes in (left, right, result))
-    met = tuple((mode, sizes[mode]) for mode in every)
-    return Step(where, runs, left, right, result, met, flops, FLOAT_BYTES * moved)
+def _name(term: Term, operands: Iterable[int]) -> str:
+    return ".".join(term.operands[i].factor for i in operands)
 
 
 def step_table(done: tuple[Step, ...], tokens: int) -> Table:
@@ -99,18 +169,21 @@ def step_table(done: tuple[Step, ...], tokens: int) -> Table:
     for step in done:
         alike.setdefault(str(step), []).append(step)
     rows: list[tuple[Cell, ...]] = [
-        (told, sum(s.runs for s in each), _sizes(each), *_costs(each)) for told, each in alike.items()
+        (told, sum(step.runs for step in each), _sizes(each), *_costs(each)) for told, each in alike.items()
     ]
-    rows.append((f"a forward pass of {tokens:,} tokens", "", "", *_costs(done)))
-    return Table(("step", "runs", "sizes", "FLOPs", "bytes"), tuple(rows))
+    rows.append((f"all, for {tokens:,} tokens", "", "", *_costs(done)))
+    return Table(("step", "runs", "sizes", "FLOPs", "bytes", "backward FLOPs"), tuple(rows))
 
 
-def _costs(each: Iterable[Step]) -> tuple[int, int]:
-    """FLOPs and bytes of all runs."""
-    return sum(step.flops * step.runs for step in each), sum(step.bytes * step.runs for step in each)
+def _costs(each: Iterable[Step]) -> tuple[int, int, int]:
+    """FLOPs, bytes and FLOPs of the backward pass, of all runs."""
+    each = tuple(each)
+    return (
+        sum(step.flops * step.runs for step in each),
+        sum(step.bytes * step.runs for step in each),
+        sum(step.backward * step.runs for step in each),
+    )
 
 
 def _sizes(each: list[Step]) -> str:
-    return ", ".join(
-        f"{_told([mode])} {span_of({dict(step.sizes)[mode] for step in each})}" for mode, _ in each[0].sizes
-    )
+    return ", ".join(f"{mode} {span_of({dict(step.sizes)[mode] for step in each})}" for mode, _ in each[0].sizes)

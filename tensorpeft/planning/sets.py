@@ -35,7 +35,7 @@ def input_sets(network: Network) -> tuple[InputSet, ...]:
             continue
         alone = any(operand.is_base for term in group.terms for operand in term.operands)
         for i, site in enumerate(group.sites):
-            key = (number, i) if alone else _input(site)
+            key = (number, i) if alone else input_of(site)
             found[key][number].append(i)
     return tuple(
         InputSet(tuple(Bundle(number, tuple(sites)) for number, sites in by_group.items()))
@@ -43,7 +43,7 @@ def input_sets(network: Network) -> tuple[InputSet, ...]:
     )
 
 
-def _input(site: Site) -> tuple[object, ...]:
+def input_of(site: Site) -> tuple[object, ...]:
     """What tells the input of a site from those of others."""
     if site.reads is None:
         return (site.path,)

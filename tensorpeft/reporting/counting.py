@@ -14,6 +14,7 @@ from tensorpeft.network.rank import rank_bound
 from tensorpeft.network.shapes import Key, Site
 from tensorpeft.network.sites import in_order
 from tensorpeft.planning.plan import Plan
+from tensorpeft.reporting.kept import kept_per_token
 from tensorpeft.reporting.report import FactorEntry, MatrixEntry, ModeEntry, Report
 
 Chosen = tuple[tuple[str, float], ...]  # what differs from site to site, and its value there
@@ -39,6 +40,8 @@ def report_of(plan: Plan) -> Report:
         dropout=dict(spec.dropout),
         seed=spec.seed,
         tokens=plan.regime.tokens,
+        number_bytes=plan.regime.number_bytes,
+        kept_per_token=kept_per_token(plan),
         trainable=trained(network),
         extra=sum(parameter.count for parameter in network.extras),
         frozen_stored=_count(block for block in network.blocks if not block.trainable and not block.seeded),

@@ -86,6 +86,8 @@ class Report(Page):
     dropout: dict[str, float]  # by where: the input x, or a bond
     seed: int
     tokens: int  # per forward pass, which the order of contraction is planned for
+    number_bytes: int  # of a number of the activations
+    kept_per_token: int  # numbers of the activations that are kept for the backward pass
     trainable: int
     extra: int  # numbers of the base that are trained beside dW
     frozen_stored: int
@@ -111,12 +113,16 @@ class Report(Page):
 
     @property
     def bytes(self) -> dict[str, int]:
-        """Bytes in float32: of a checkpoint's tensors, of all factors in memory, of their gradients, of AdamW's two states."""
+        """Bytes in float32 of a checkpoint's tensors, of all factors, of their gradients and of AdamW's two states.
+
+        Activations are apart: they are counted per token, and have numbers of ``number_bytes``.
+        """
         return {
             "checkpoint": FLOAT_BYTES * self.stored,
             "factors": FLOAT_BYTES * (self.trainable + self.frozen_stored + self.frozen_seeded),
             "gradients": FLOAT_BYTES * (self.trainable + self.extra),
             "optimizer": FLOAT_BYTES * ADAMW_STATES * (self.trainable + self.extra),
+            "kept_per_token": self.number_bytes * self.kept_per_token,
         }
 
     @property
@@ -164,9 +170,13 @@ class Report(Page):
             "factors": "all of them, in float32",
             "gradients": "of what is trained, in float32",
             "optimizer": "AdamW's two numbers for each trained one, in float32",
+            "kept_per_token": f"of activations for the backward pass, {self.number_bytes} bytes a number; dropout apart",
             "checkpoint": "on disk, in float32",
         }
-        rows = tuple((name, self.bytes[name], binary(self.bytes[name]), remark) for name, remark in told.items())
+        rows = tuple(
+            (name.replace("_", " "), self.bytes[name], binary(self.bytes[name]), remark)
+            for name, remark in told.items()
+        )
         return Table(("memory", "bytes", "", "remark"), rows)
 
     @property

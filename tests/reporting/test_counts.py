@@ -101,6 +101,7 @@ def test_bytes_and_percent():
         "factors": 4 * 1_327_104,
         "gradients": 4 * 1_179_648,
         "optimizer": 2 * 4 * 1_179_648,
+        "kept_per_token": 2 * 24 * 8,  # A is frozen, so nothing needs x again
     }
     assert found.base == 124_645_632
     assert found.percent == pytest.approx(100 * 1_179_648 / 124_645_632)

@@ -255,7 +255,7 @@ def test_explain():
     assert shown.startswith("lorta on vit-base")
     assert re.search(r"A_width +width 768 x r 2 +1,536 +trained", shown)
     assert re.search(r"r +2 +A_matrix, .*, A_width +bond, summed over, copy tensor, in the minimum cut", shown)
-    assert "a forward pass of 4,096 tokens" in shown
+    assert "all, for 4,096 tokens" in shown
     assert "# once per forward pass\ndef prologue(dtype, " in shown
     assert re.search(
         r"# at 12 inputs like that of .*q_proj, .*k_proj, .*v_proj: what its sites .*\ndef forward\(x, ", shown

@@ -103,3 +103,24 @@ def test_steps_that_differ_in_sizes_alone_are_one_row():
     ]
     assert table.rows[0][1] == 24
     assert table.rows[-1][3] == sum(step.flops * step.runs for step in done)
+
+
+@pytest.mark.parametrize(
+    "update", ["B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in]", "W[d_out, d_in] * v[matrix, layer, d_out]"]
+)
+@pytest.mark.parametrize(
+    ("model", "matrix"),
+    [
+        ("llama-2-7b", "embed_tokens"),
+        ("mixtral-8x7b", "gate"),
+        ("vit-base", "projection"),
+        ("whisper-large-v3", "conv1"),
+    ],
+)
+def test_other_sites_than_linear_modules_cost_what_the_plan_costs(model, matrix, update):
+    rank = "rank: {r: 4}\n" if "r]" in update else ""
+    factors = "{B: {init: zeros}}" if rank else "{v: {init: zeros}}"
+    spec = f"tensorpeft: 1\ntarget: {{matrices: [{matrix}]}}\n{rank}update: {update}\nfactors: {factors}\n"
+    planned = plan(lower(load_spec(spec), shape_of(model)), Regime(100))
+    assert planned.network.groups[0].kind != "linear"
+    assert sum(step.flops * step.runs for step in steps(planned)) == planned.flops

@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the user's input is wrong, 1 anything else.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -17,7 +18,7 @@ import click
 from tensorpeft import __version__
 from tensorpeft.compile import front, shape_of
 from tensorpeft.language.catalogue import method_paths
-from tensorpeft.language.errors import TensorpeftError
+from tensorpeft.language.errors import SpecError, TensorpeftError
 from tensorpeft.language.load import load_spec
 from tensorpeft.language.override import parse_override
 from tensorpeft.language.text import spec_text
@@ -106,20 +107,35 @@ def main() -> None:
 
 @main.command()
 @_specs
-def check(specs: Sequence[str]) -> None:
-    """Tell everything that is wrong with the specs."""
-    refused = [spec for spec in specs if not _is_right(spec)]
-    sys.exit(2 if refused else 0)
+@click.option("--format", "form", type=click.Choice(_FORMATS[:2]), default=_FORMATS[0], show_default=True)
+def check(specs: Sequence[str], form: str) -> None:
+    """Tell everything that is wrong with the specs.
+
+    As JSON: for each spec whether it is right, and every problem with its place.
+    """
+    refusals = {spec: _refusal(spec) for spec in specs}
+    if form == "json":
+        click.echo(json.dumps([_as_data(spec, refusal) for spec, refusal in refusals.items()], indent=2))
+    for spec, refusal in refusals.items() if form == "text" else ():
+        click.echo(f"{spec}: ok" if refusal is None else refusal, err=refusal is not None)
+    sys.exit(2 if any(refusals.values()) else 0)
 
 
-def _is_right(spec: str) -> bool:
+def _refusal(spec: str) -> SpecError | None:
     try:
         load_spec(spec)
-    except TensorpeftError as refusal:
-        click.echo(refusal, err=True)
-        return False
-    click.echo(f"{spec}: ok")
-    return True
+    except SpecError as refusal:
+        return refusal
+    return None
+
+
+def _as_data(spec: str, refusal: SpecError | None) -> dict[str, object]:
+    problems = []
+    for problem in refusal.problems if refusal else ():
+        line, column = problem.span.position if problem.span else (None, None)
+        place = {"source": problem.span.source.name if problem.span else None, "line": line, "column": column}
+        problems.append({"message": problem.message, **place})
+    return {"spec": spec, "ok": refusal is None, "problems": problems}
 
 
 @main.command()

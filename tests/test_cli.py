@@ -145,6 +145,20 @@ def test_check_tells_the_right_from_the_wrong(tmp_path):
     assert f"{path}:5:7: " in result.stderr
 
 
+def test_check_as_data(tmp_path):
+    path = tmp_path / "wrong.yaml"
+    path.write_text(WRONG, encoding="utf-8")
+    result = call("check", "lora", str(path), "lroa", "--format", "json")
+    assert (result.exit_code, result.stderr) == (2, "")
+    right, wrong, unknown = json.loads(result.stdout)
+    assert right == {"spec": "lora", "ok": True, "problems": []}
+    assert [(p["source"], p["line"], p["column"]) for p in wrong["problems"]] == [(str(path), 4, 12), (str(path), 5, 7)]
+    assert wrong["problems"][0]["message"].startswith("`structure` is the text `matrx`; expected one of ")
+    message = "no method is called `lroa`; did you mean `lora`?"
+    assert unknown["problems"] == [{"message": message, "source": None, "line": None, "column": None}]
+    assert call("check", "lora", "--format", "json").exit_code == 0
+
+
 def test_check_of_everything_that_ships():
     files = sorted(map(str, SHIPPED.glob("*.yaml")))
     assert done("check", *files).splitlines() == [f"{file}: ok" for file in files]

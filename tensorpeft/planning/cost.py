@@ -1,7 +1,7 @@
 """What a chain costs: arithmetic and memory traffic of the forward pass, of the backward pass, and of the prologue.
 
-One number compares candidates: FLOPs + bytes * balance, where a regime's balance says how many FLOPs a machine does while it
-moves a byte. Counted are
+One number compares candidates: FLOPs + (bytes + kernels * launch) * balance, where a regime's balance says how many FLOPs a
+machine does while it moves a byte, and its launch how many bytes while it starts a kernel. Counted are
 
 - forward, for each link: the activation and the tensor read, the new activation written (the last is the base's output, read
   and written);
@@ -41,11 +41,14 @@ def chain_cost(group: Group, term: Term, chain: Chain, bundles: Bundles, regime:
             flops += runs * link.site_flops
             weight += runs * (link.flops * _passes(link, regime) + _building(link, regime))
             weight += count * _moved(term, link, size, regime) * regime.number_bytes * regime.balance
+            kernels = count * _kernels(link, size, regime)
+            weight += kernels * regime.launch * regime.balance
     for link in chain.links:
         if len(link.operands) == 1 or link.at_site or prologue_key(term, link) in built:
             continue
         flops += link.prologue_flops
         weight += link.prologue_flops * (3 if regime.gradients and link.trainable else 1)
+        weight += (len(link.path) + 1) * _passes(link, regime) * regime.launch * regime.balance
         made = _copies(term, link) * term.size(link.modes) * (4 if regime.gradients and link.trainable else 2)
         weight += made * regime.number_bytes * regime.balance
     return Cost(flops, weight)
@@ -88,6 +91,13 @@ def _building(link: Link, regime: Regime) -> int:
     if not link.at_site:
         return 0
     return link.building * (2 + 2 * link.trainable if regime.gradients else 1)
+
+
+def _kernels(link: Link, size: int, regime: Regime) -> int:
+    """Kernels at one bundle of sites: one for each pass of a link, at the last link for each site."""
+    last = not link.shared and SITE not in link.after
+    built = len(link.path) if link.at_site else 0
+    return (size if last else 1) * (_passes(link, regime) + built * (4 if regime.gradients and link.trainable else 1))
 
 
 def _moved(term: Term, link: Link, size: int, regime: Regime) -> int:

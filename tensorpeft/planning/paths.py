@@ -18,7 +18,8 @@ from tensorpeft.network.rank import minimum_cut
 TOKEN = "<token>"  # no spec can name a mode like this
 Path = tuple[tuple[int, ...], ...]  # as opt_einsum writes paths: at each step, the positions of what is contracted
 Order = tuple[tuple[int, ...], ...]  # which operands form each link, in the order of the links
-_EXACT = 7  # operands up to which the optimal path is searched exhaustively
+_SHORT = 5  # links up to which every way to join neighbours is a candidate
+_FEW, _MANY = 5, 16  # operands up to which the best path is searched exhaustively, or by dynamic programming
 
 
 def orders(term: Term, tokens: int, dropped: frozenset[str]) -> tuple[Order, ...]:
@@ -40,7 +41,21 @@ def _candidates(term: Term, tokens: int) -> Iterator[Order]:
     yield (everything,)
     yield from _halves(term, minimum_cut(term))
     for number in dict.fromkeys((tokens, 1, 1 << 30)):
-        yield _lineage(_path(term, number), len(everything))
+        yield from _coarser(_lineage(_path(term, number), len(everything)))
+
+
+def _coarser(order: Order) -> Iterator[Order]:
+    """An order, and those in which links that follow each other are one; of a long one, those in which one run of links is."""
+    n = len(order)
+    if n <= _SHORT:
+        cuts = [[i + 1 for i in range(n - 1) if chosen >> i & 1] for chosen in range(1 << (n - 1))]
+    else:
+        cuts = [
+            [i for i in range(1, n) if not first < i < last] for first in range(n) for last in range(first + 1, n + 1)
+        ]
+    for cut in sorted(cuts, key=len, reverse=True):
+        runs = zip([0, *cut], [*cut, n], strict=True)
+        yield tuple(tuple(sorted(i for link in order[start:stop] for i in link)) for start, stop in runs)
 
 
 def _halves(term: Term, cut: Iterable[str]) -> Iterator[Order]:
@@ -81,22 +96,24 @@ def _path(term: Term, tokens: int) -> Path:
     x = activation(term)
     output = (*(mode for mode in x if mode not in term.d_in), *term.d_out)
     sizes = {**term.sizes, TOKEN: tokens, "task": 1}
-    return contract_path([x, *(operand.modes for operand in term.operands)], output, sizes)[0]
+    return contract_path([x, *(operand.modes for operand in term.operands)], output, sizes, few=7)[0]
 
 
-def contract_path(inputs: list[tuple[str, ...]], output: tuple[str, ...], sizes: Mapping[str, int]) -> tuple[Path, int]:
+def contract_path(
+    inputs: list[tuple[str, ...]], output: tuple[str, ...], sizes: Mapping[str, int], *, few: int = _FEW
+) -> tuple[Path, int]:
     """opt_einsum's path through tensors of these modes, pair by pair, and its FLOPs."""
     known = dict.fromkeys(mode for each in inputs for mode in each)
     letter = {mode: opt_einsum.get_symbol(number) for number, mode in enumerate(known)}
     left, right = (["".join(letter[mode] for mode in each) for each in group] for group in (inputs, [output]))
     shapes = tuple(tuple(sizes[mode] for mode in each) for each in inputs)
-    return _search(f"{','.join(left)}->{right[0]}", shapes)
+    return _search(f"{','.join(left)}->{right[0]}", shapes, len(shapes) <= few)
 
 
 @cache
-def _search(equation: str, shapes: tuple[tuple[int, ...], ...]) -> tuple[Path, int]:
+def _search(equation: str, shapes: tuple[tuple[int, ...], ...], exhaustive: bool) -> tuple[Path, int]:
     """The better of two searches: by itself neither finds the best path always."""
-    searches = ("optimal", "dp") if len(shapes) <= _EXACT else ("dp", "auto-hq")
+    searches = ("optimal" if exhaustive else "auto", "dp" if len(shapes) <= _MANY else "auto-hq")
     found = [opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search) for search in searches]
     path, info = min(found, key=lambda each: int(each[1].opt_cost))
     return tuple(tuple(step) for step in path), int(info.opt_cost)

@@ -8,7 +8,9 @@ group is free for the next.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tensorpeft.network.network import Group, Network, Term
@@ -95,11 +97,20 @@ class Plan:
             f"plan for {regime.tokens} tokens, {'forward and backward' if regime.gradients else 'forward alone'}: "
             f"{self.flops:,} FLOPs, {self.flops_per_token:,} per token"
         ]
+        alike: dict[str, list[str]] = {}
         for plan in self.groups:
-            lines.append(f"  {_sites(plan)}: {plan.prologue_flops:,} beforehand")
-            for each, term in zip(plan.chains, plan.group.terms, strict=True):
-                lines += [f"    {_line(link, term)}" for link in each.links]
+            text = "\n".join(_told(plan))
+            alike.setdefault(re.sub(r"[\d,]+|\(.*\)", "", text), []).append(text)
+        for first, *others in alike.values():
+            lines.append(first)
+            lines += [f"  and {len(others)} groups of other sizes"] if others else []
         return "\n".join(lines)
+
+
+def _told(plan: GroupPlan) -> Iterator[str]:
+    yield f"  {_sites(plan)}: {plan.prologue_flops:,} beforehand"
+    for each, term in zip(plan.chains, plan.group.terms, strict=True):
+        yield from (f"    {_line(link, term)}" for link in each.links)
 
 
 def _sites(plan: GroupPlan) -> str:
@@ -112,9 +123,13 @@ def _sites(plan: GroupPlan) -> str:
 def _line(link: Link, term: Term) -> str:
     tensor = " ".join(term.operands[i].factor for i in link.operands)
     shape = ", ".join(f"{mode}={term.sizes[mode]}" for mode in link.modes)
-    often = "once for all of them" if link.shared else "each its own" if link.own and SITE in link.after else ""
-    steps = (" ".join(modes).replace("<", "").replace(">", "") for modes in (link.before, link.after))
-    return f"{' -> '.join(steps)}  by {tensor} ({shape}): {link.flops:,}{often and ', ' + often}"
+    steps = " -> ".join(" ".join(mode.strip("<>") for mode in modes) for modes in (link.before, link.after))
+    said = [f"{link.flops:,}"]
+    if link.own and SITE in link.after:
+        said.append("each site its own")
+    if link.at_site:
+        said.append(f"built there for {link.building:,}")
+    return f"{steps}  by {tensor} ({shape}): {', '.join(said)}"
 
 
 def plan(network: Network, regime: Regime = Regime()) -> Plan:
@@ -179,7 +194,7 @@ def _bound(group: Group, term: Term, costs: list[Cost], regime: Regime) -> float
     sizes = {**term.sizes, TOKEN: regime.tokens, "task": 1}
     x, factors = activation(term), [operand.modes for operand in term.operands]
     tasks = x[: x.index(TOKEN)]
-    by_chain = contract_path([x, *factors], (*tasks, TOKEN, *term.d_out), sizes)[1]
+    by_chain = contract_path([x, *factors], (*tasks, TOKEN, *term.d_out), sizes, few=7)[1]
     dense = contract_path(factors, (*tasks, *term.d_in, *term.d_out), sizes)[1] if len(factors) > 1 else 0
     by_matrix = dense + 2 * regime.tokens * term.size((*term.d_in, *term.d_out))
     return max(min(by_chain, by_matrix) * len(group.sites), min(cost.flops for cost in costs))

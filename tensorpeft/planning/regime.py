@@ -11,10 +11,12 @@ class Regime:
 
     Activations and the tensors that they meet have numbers of ``number_bytes`` bytes. ``balance`` weighs memory against
     arithmetic: how many FLOPs a machine does while it moves a byte. Accelerators do 100 to 300 in half precision, and
-    CPUs about 10; at 32 no plan is far from the best on either.
+    CPUs about 10; at 32 no plan is far from the best on either. ``launch`` is how many bytes it moves while it starts a
+    kernel: some 10 MB on accelerators, and 0.1 MB on CPUs.
     """
 
     tokens: int = 4096
     gradients: bool = True
     number_bytes: int = 2
     balance: float = 32
+    launch: float = 1e6

@@ -88,6 +88,21 @@ class Adapter(nn.Module):
 
     # How it is used
 
+    def parameter_groups(self, lr: float) -> list[dict[str, Any]]:
+        """The trained parameters as an optimizer of torch's takes them: one group for each learning rate.
+
+        A factor's is ``lr`` times what the spec says under ``factors: {B: {lr: 16}}``; parameters of the base that are trained
+        beside dW have ``lr`` itself.
+        """
+        groups: dict[float, list[Tensor]] = {}
+        for block in self.network.blocks:
+            if block.trainable:
+                groups.setdefault(block.rule.lr, []).append(self.factors[block.name])
+        extras = list(self.extras.parameters())
+        if extras:
+            groups.setdefault(1.0, []).extend(extras)
+        return [{"params": parameters, "lr": lr * multiplier} for multiplier, parameters in groups.items()]
+
     @property
     def enabled(self) -> bool:
         """Whether the hooks add the update: not within ``disabled()``, and not while it is merged."""

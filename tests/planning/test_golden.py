@@ -1,0 +1,45 @@
+"""The plan of every shipped spec, as text: whoever changes the planner reads what that changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import tensorpeft as tp
+from tensorpeft.compile import front
+from tensorpeft.language.catalogue import method_paths
+from tensorpeft.network.families import model_shape
+from tensorpeft.planning.regime import Regime
+from tensorpeft.runtime.scan import scan
+from tests.models import build
+
+GOLDEN = Path(__file__).parent / "golden"
+MODELS = ("llama-2-7b", "gpt2", "vit-base", "roberta with a head")  # the first that a spec fits
+REGIMES = {
+    "training": Regime(),
+    "16 tokens, forward alone": Regime(16, gradients=False),
+}
+
+
+def plans(name: str) -> str:
+    for model in MODELS:
+        try:
+            shape = model_shape(model) if model != MODELS[-1] else scan(build("roberta"))
+            texts = [f"# {title}\n{front(name, shape, regime)}" for title, regime in REGIMES.items()]
+        except tp.SpecError:
+            continue
+        return f"{name} on {model}\n\n" + "\n\n".join(texts) + "\n"
+    raise AssertionError(f"{name} fits none of {MODELS}")
+
+
+@pytest.mark.parametrize("name", method_paths())
+def test_the_plan_is_the_golden_one(name: str, update_golden: bool) -> None:
+    path, text = GOLDEN / f"{name}.txt", plans(name)
+    if update_golden:
+        path.write_text(text)
+    assert path.read_text() == text
+
+
+def test_there_is_no_other_golden_plan() -> None:
+    assert {path.stem for path in GOLDEN.iterdir()} == {*method_paths()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.errors import Problem, SpecError
 from tensorpeft.language.load import load_spec
 from tensorpeft.language.spec import Spec
+from tensorpeft.language.words import SCORED
 from tensorpeft.network.architecture import families
 from tensorpeft.network.families import model_shape
 from tensorpeft.network.shapes import ModelShape
@@ -109,6 +110,14 @@ class Refusal:
 @cache
 def _loaded(spec: str) -> Spec:
     return load_spec(spec)
+
+
+def drawn(spec: Spec) -> Spec:
+    """A spec that keeps by scores, as one that keeps as many at random: whether it fits does not depend on which."""
+    masks = tuple(
+        replace(mask, rule=replace(mask.rule, name="keep")) if mask.rule.name in SCORED else mask for mask in spec.masks
+    )
+    return replace(spec, masks=masks, scores=None)
 
 
 def outcome(spec: str, shape: ModelShape) -> Refusal | None:

@@ -23,7 +23,7 @@ def mask_digest(block: Block) -> str | None:
     if block.entries is not None:
         hashed = sha256()
         for key in block.keys:
-            hashed.update(f"{key}\n".encode() + block.entries[key].astype("<i8").tobytes())
+            hashed.update(f"{key}\n".encode() + block.entries[key].positions.astype("<i8").tobytes())
         return hashed.hexdigest()
     if block.kept is None:
         return None

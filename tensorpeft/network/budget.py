@@ -150,6 +150,6 @@ def _masked(masks: Masking, users: dict[tuple[Key, Sizes], Users]) -> int:
         if count is None:
             kept = masks.kept(key, sizes, sites)
             axes = (size if axis is None else len(axis) for size, axis in zip(sizes, kept.axes, strict=True))
-            count = prod(axes) if kept.entries is None else len(kept.entries)
+            count = prod(axes) if kept.entries is None else kept.entries.count
         total += count
     return total

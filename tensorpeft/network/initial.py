@@ -73,7 +73,7 @@ def _places(block: Block, key: Key) -> list[np.ndarray]:
     """The indices of a key's numbers on the free axes; the arrays broadcast to the key's shape."""
     sizes = [axis.size for axis in block.free_axes]
     if block.entries is not None:
-        return list(np.unravel_index(block.entries[key], sizes))
+        return list(np.unravel_index(block.entries[key].positions, sizes))
     kept = (None,) * len(sizes) if block.kept is None else block.kept[key]
     return list(np.ix_(*(np.arange(size) if some is None else some for size, some in zip(sizes, kept, strict=True))))
 

@@ -11,9 +11,9 @@ its parts where another factor carries one of these. Contractions speak of atoms
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 
 import numpy as np
@@ -46,6 +46,25 @@ class Unfolding:
 
 
 @dataclass(frozen=True)
+class Entries:
+    """What a mask of several modes keeps of one key: positions in the grid of all free axes, ascending.
+
+    They are drawn when first asked for: a report of a large model needs their number alone.
+    """
+
+    count: int
+    draw: Callable[[], np.ndarray] = field(repr=False)
+
+    @classmethod
+    def of(cls, positions: np.ndarray) -> Entries:
+        return cls(len(positions), partial(np.asarray, positions))
+
+    @cached_property
+    def positions(self) -> np.ndarray:  # shape: (count,)
+        return self.draw()
+
+
+@dataclass(frozen=True)
 class Block:
     """One stored tensor of a factor.
 
@@ -62,7 +81,7 @@ class Block:
     axes: tuple[Axis, ...]
     keys: tuple[Key, ...]  # in storage order
     kept: dict[Key, tuple[np.ndarray | None, ...]] | None = field(default=None, hash=False, compare=False)
-    entries: dict[Key, np.ndarray] | None = field(default=None, hash=False, compare=False)
+    entries: dict[Key, Entries] | None = field(default=None, hash=False, compare=False)
     origin: str = ""  # the factor whose numbers it starts from: another one's where its `init` is `start(...)`
     init: Initialiser = Call("zeros")  # how that one starts
     stack: str = ""  # of several stacks, whose it is
@@ -84,13 +103,13 @@ class Block:
         """Of a block of entries: where each number is in a flat tensor of shape (keys, *free axes)."""
         assert self.entries is not None
         size = prod(axis.size for axis in self.free_axes)
-        return np.concatenate([number * size + self.entries[key] for number, key in enumerate(self.keys)])
+        return np.concatenate([number * size + self.entries[key].positions for number, key in enumerate(self.keys)])
 
     def key_shape(self, key: Key) -> tuple[int, ...]:
         """The shape of what one key holds: over the free axes, or of entries (kept,)."""
         sizes = tuple(axis.size for axis in self.free_axes)
         if self.entries is not None:
-            return self.entries[key].shape
+            return (self.entries[key].count,)
         if self.kept is None:
             return sizes
         return tuple(size if kept is None else len(kept) for size, kept in zip(sizes, self.kept[key], strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 import numpy as np
@@ -14,7 +15,7 @@ from tensorpeft.language.words import SCORED
 from tensorpeft.network.initial import origins
 from tensorpeft.network.masks import Mask, kept_indices, masks_at
 from tensorpeft.network.modes import free_modes
-from tensorpeft.network.network import Block
+from tensorpeft.network.network import Block, Entries
 from tensorpeft.network.scores import Scores, served
 from tensorpeft.network.shapes import Key
 from tensorpeft.network.use import Layouts, Sizes, Use, Users, first_reference, serving_indices
@@ -25,7 +26,7 @@ class Kept:
     """What masks keep of one key: of each free axis (None: all of it), and the entries where a rule speaks of several axes."""
 
     axes: tuple[np.ndarray | None, ...]
-    entries: np.ndarray | None = None  # positions in the grid of the free axes, ascending
+    entries: Entries | None = None
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,12 @@ class Masking:
         """What is kept of a key of a tensor of these sizes."""
         axes: list[np.ndarray | None] = [None] * len(sizes)
         several = []
-        for mask in self.masks(users):
+        masks = self.masks(users)
+        if self.by_entries and len(masks) == 1 and masks[0].rule.rule.name == "keep":  # which they are can wait
+            count = self.count(sizes, users)
+            assert count is not None
+            return Kept(tuple(axes), Entries(count, partial(_kept_entries, masks[0], key, sizes, self.spec.seed)))
+        for mask in masks:
             shape = tuple(sizes[axis] for axis in mask.axes)
             scores = self._scores(mask, shape, users) if mask.rule.rule.name in SCORED else None
             names = self.layouts[users[0][1]].names
@@ -77,7 +83,12 @@ class Masking:
                 axes[mask.axes[0]] = positions
             else:
                 several.append((mask, positions))
-        return self._by_entries(sizes, axes, several) if self.by_entries else Kept(tuple(axes))
+        if not self.by_entries:
+            return Kept(tuple(axes))
+        entries = _in_grid(sizes, axes, several)
+        if not len(entries):
+            raise fail(f"the masks leave nothing of factor `{self.use.factor}`", several[0][0].rule.span)
+        return _of_entries(entries, sizes, {axis for axis, kept in enumerate(axes) if kept is not None})
 
     def restored(self, name: str, keys: Sequence[Key], sizes: Sizes, users: Mapping[Key, Users]) -> list[Kept]:
         """What a checkpoint has of the keys of a tensor.
@@ -118,31 +129,35 @@ class Masking:
             found.append((self.scores.at(site, names, layout, mask.rule), places))
         return served(found, shape)
 
-    def _by_entries(
-        self, sizes: Sizes, axes: Sequence[np.ndarray | None], several: Sequence[tuple[Mask, np.ndarray]]
-    ) -> Kept:
-        """What every mask keeps, as positions in the grid of all axes."""
-        places: dict[int, np.ndarray] = {}
-        if several:
-            mask, positions = several[0]
-            grid = [sizes[axis] for axis in mask.axes]
-            places = dict(zip(mask.axes, np.unravel_index(positions, grid), strict=True))
-        for axis, size in enumerate(sizes):
-            kept = axes[axis]
-            if axis not in places:
-                own = np.arange(size) if kept is None else kept
-                n = len(next(iter(places.values()))) if places else 1
-                places = {other: np.repeat(place, len(own)) for other, place in places.items()}
-                places[axis] = np.tile(own, n)
-            elif kept is not None:
-                places = _chosen(places, np.isin(places[axis], kept))
-        for mask, positions in several[1:]:
-            flat = np.ravel_multi_index([places[axis] for axis in mask.axes], [sizes[axis] for axis in mask.axes])
-            places = _chosen(places, np.isin(flat, positions))
-        entries = np.sort(np.ravel_multi_index([places[axis] for axis in range(len(sizes))], sizes))
-        if not len(entries):
-            raise fail(f"the masks leave nothing of factor `{self.use.factor}`", several[0][0].rule.span)
-        return _of_entries(entries, sizes, {axis for axis, kept in enumerate(axes) if kept is not None})
+
+def _kept_entries(mask: Mask, key: Key, sizes: Sizes, seed: int) -> np.ndarray:
+    """What one mask of several axes keeps at random, as positions in the grid of all axes."""
+    positions = kept_indices(mask, key, tuple(sizes[axis] for axis in mask.axes), seed)
+    return _in_grid(sizes, [None] * len(sizes), [(mask, positions)])
+
+
+def _in_grid(
+    sizes: Sizes, axes: Sequence[np.ndarray | None], several: Sequence[tuple[Mask, np.ndarray]]
+) -> np.ndarray:  # shape: (kept,)
+    """What every mask keeps, as positions in the grid of all axes, ascending."""
+    places: dict[int, np.ndarray] = {}
+    if several:
+        mask, positions = several[0]
+        grid = [sizes[axis] for axis in mask.axes]
+        places = dict(zip(mask.axes, np.unravel_index(positions, grid), strict=True))
+    for axis, size in enumerate(sizes):
+        kept = axes[axis]
+        if axis not in places:
+            own = np.arange(size) if kept is None else kept
+            n = len(next(iter(places.values()))) if places else 1
+            places = {other: np.repeat(place, len(own)) for other, place in places.items()}
+            places[axis] = np.tile(own, n)
+        elif kept is not None:
+            places = _chosen(places, np.isin(places[axis], kept))
+    for mask, positions in several[1:]:
+        flat = np.ravel_multi_index([places[axis] for axis in mask.axes], [sizes[axis] for axis in mask.axes])
+        places = _chosen(places, np.isin(flat, positions))
+    return np.sort(np.ravel_multi_index([places[axis] for axis in range(len(sizes))], sizes))
 
 
 def _chosen(places: dict[int, np.ndarray], which: np.ndarray) -> dict[int, np.ndarray]:
@@ -152,7 +167,9 @@ def _chosen(places: dict[int, np.ndarray], which: np.ndarray) -> dict[int, np.nd
 def _of_entries(entries: np.ndarray, sizes: Sizes, masked: Set[int]) -> Kept:
     """Entries, with what they leave of the axes that are masked by themselves too."""
     places = np.unravel_index(entries, sizes)
-    return Kept(tuple(np.unique(place) if axis in masked else None for axis, place in enumerate(places)), entries)
+    return Kept(
+        tuple(np.unique(place) if axis in masked else None for axis, place in enumerate(places)), Entries.of(entries)
+    )
 
 
 def masking(
@@ -187,7 +204,9 @@ def indices(block: Block) -> np.ndarray:  # shape: (n,), integers
     pieces = []
     for key in block.keys:
         kept = block.kept[key] if block.kept is not None else (None,)
-        pieces += [piece for piece in (kept if block.entries is None else (block.entries[key],)) if piece is not None]
+        pieces += [
+            piece for piece in (kept if block.entries is None else (block.entries[key].positions,)) if piece is not None
+        ]
     return np.concatenate([np.concatenate([[len(piece)], piece]) for piece in pieces]).astype(np.int64)
 
 

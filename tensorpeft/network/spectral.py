@@ -60,7 +60,7 @@ def spectral_values(block: Block, key: Key, found: Decomposition, site: Site) ->
     shape = [size if places else 1 for size, places in zip(sizes, fold.axes, strict=True)]
     whole = np.broadcast_to(apart.transpose(order).reshape(shape), sizes)
     if block.entries is not None:
-        return whole.ravel()[block.entries[key]]
+        return whole.ravel()[block.entries[key].positions]
     if block.kept is not None:
         return whole[np.ix_(*(np.arange(n) if k is None else k for n, k in zip(sizes, block.kept[key], strict=True)))]
     return whole

@@ -142,7 +142,7 @@ def _kept(masking: Masking, block: Block, sizes: Sizes, users: Mapping[Key, User
 def _packed(block: Block, kept: Mapping[Key, Kept], by_entries: bool) -> Block:
     entries = {key: each.entries for key, each in kept.items() if each.entries is not None}
     if by_entries:
-        whole = all(len(each) == prod(axis.size for axis in block.free_axes) for each in entries.values())
+        whole = all(each.count == prod(axis.size for axis in block.free_axes) for each in entries.values())
         return block if whole else replace(block, entries=entries)
     axes = {key: each.axes for key, each in kept.items()}
     masked = any(axis is not None for each in axes.values() for axis in each)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tensorpeft.language.catalogue import method_paths
@@ -34,8 +36,13 @@ def counted_alone(spec: Spec) -> int | str:
 
 
 @pytest.mark.parametrize("text", [*STRUCTURES.values(), *method_paths()])
-def test_a_count_is_that_of_the_network(text: str) -> None:
+def test_a_count_is_that_of_the_network(text: str, tmp_path: Path) -> None:
     spec = load_spec(text)
+    if spec.scores is not None:
+        draw = np.random.default_rng(0)
+        scores = {f"{site.matrix}.{site.layer}": draw.random((site.d_out, site.d_in)) for site in LLAMA.sites}
+        np.savez(tmp_path / "scores.npz", **scores)
+        spec = load_spec(text, scores=str(tmp_path / "scores.npz"))
     assert counted_alone(spec) == counted(spec)
 
 

@@ -160,27 +160,32 @@ def test_so_many_entries_are_kept(rule: str, count: int) -> None:
         return
     assert block.shape == (2 * count,)
     assert block.key_shape(("query", 1)) == (count,)
-    kept = [set(entries.tolist()) for entries in block.entries.values()]
+    kept = [set(entries.positions.tolist()) for entries in block.entries.values()]
     assert all(len(each) == count and min(each) >= 0 and max(each) < 1024 for each in kept)
     assert count < 40 or kept[0] != kept[1]
-    assert block.positions.tolist() == [*block.entries["query", 0], *(1024 + block.entries["query", 1])]
+    assert block.positions.tolist() == [
+        *block.entries["query", 0].positions,
+        *(1024 + block.entries["query", 1].positions),
+    ]
 
 
 def test_entries_are_kept_anywhere_and_with_their_probability() -> None:
     text = SPARSE + "mask: {'D[d_out, d_in]': bernoulli(0.2)}"
-    entries = [block_of(network_of(text + f"\nseed: {seed}"), "D_d_out32").entries["query", 0] for seed in range(100)]
+    entries = [
+        block_of(network_of(text + f"\nseed: {seed}"), "D_d_out32").entries["query", 0].positions for seed in range(100)
+    ]
     counts = np.bincount(np.concatenate(entries), minlength=1024)
     assert stats.chisquare(counts).pvalue > 1e-3
     assert abs(sum(map(len, entries)) - 100 * 1024 * 0.2) < 4 * np.sqrt(100 * 1024 * 0.2 * 0.8)
     few = network_of(SPARSE + "mask: {'D[d_out, d_in]': bernoulli(0.0001)}", "{matrices: [query]}")
-    assert all(len(entries) >= 1 for entries in block_of(few, "D").entries.values())
+    assert all(entries.count >= 1 for entries in block_of(few, "D").entries.values())
 
 
 def test_a_mask_of_some_modes_leaves_the_others_whole() -> None:
     text = "update: B[layer, d_out, r, s] * A[r, s, d_in]\nrank: {r: 3, s: 2}\nfactors: {B: {init: zeros}}\n"
     block = block_of(network_of(text + "mask: {'B[d_out, s]': keep(7)}", "{matrices: [query]}"), "B")
     for entries in block.entries.values():
-        rows, bonds, others = np.unravel_index(entries, (32, 3, 2))
+        rows, bonds, others = np.unravel_index(entries.positions, (32, 3, 2))
         pairs = set(zip(rows.tolist(), others.tolist(), strict=True))
         assert len(pairs) == 7
         assert {(row, bond, other) for row, other in pairs for bond in range(3)} == set(
@@ -195,13 +200,13 @@ def test_masks_of_modes_and_of_entries_meet() -> None:
     all_entries = network_of(SPARSE + "mask: {'D[d_out, d_in]': bernoulli(0.5)}", "{matrices: [query]}")
     for key, entries in block_of(network, "D").entries.items():
         rows, columns = block_of(alone, "D").kept[key]
-        expected = set(block_of(all_entries, "D").entries[key].tolist()) & {
+        expected = set(block_of(all_entries, "D").entries[key].positions.tolist()) & {
             32 * row + col for row in rows for col in columns
         }
-        assert set(entries.tolist()) == expected
+        assert set(entries.positions.tolist()) == expected
     for group in network.groups:
         key = group.terms[0].operands[0].keys[0]
-        rows, columns = np.unravel_index(block_of(network, "D").entries[key], (32, 32))
+        rows, columns = np.unravel_index(block_of(network, "D").entries[key].positions, (32, 32))
         assert set(group.terms[0].rows) == set(rows)
         assert set(group.terms[0].columns) == set(columns)
 
@@ -212,7 +217,7 @@ def test_where_keeps_a_band() -> None:
     text += "mask: {'M[r, s]': 'where(less(max(r - s, s - r), 2))', 'P[d_out]': 'where(mod(d_out, 2))'}"
     network = network_of(text, "{matrices: [query]}")
     band = [6 * r + s for r in range(6) for s in range(6) if abs(r - s) < 2]
-    assert all(entries.tolist() == band for entries in block_of(network, "M").entries.values())
+    assert all(entries.positions.tolist() == band for entries in block_of(network, "M").entries.values())
     assert all(kept[0].tolist() == list(range(1, 32, 2)) for kept in block_of(network, "P").kept.values())
     with pytest.raises(SpecError, match=r"`where\(less\(d_out, 0\)\)` keeps nothing of `P\[d_out\]`"):
         network_of(text.replace("mod(d_out, 2)", "less(d_out, 0)"))
@@ -267,7 +272,7 @@ def test_the_rows_columns_and_entries_of_the_largest_scores(tmp_path: Path) -> N
     path = scored(tmp_path, SPARSE + "mask: {'D[d_out, d_in]': top(20)}", **scores)
     for block in front(path, model_shape(SMALL)).network.blocks:
         for (matrix, layer), entries in block.entries.items():
-            assert set(entries) == set(np.argsort(scores[f"{matrix}_{layer}"].ravel())[-20:])
+            assert set(entries.positions) == set(np.argsort(scores[f"{matrix}_{layer}"].ravel())[-20:])
 
 
 def test_scores_of_heads_and_of_a_shared_tensor_are_sums(tmp_path: Path) -> None:

@@ -223,7 +223,7 @@ def test_formulas_over_indices() -> None:
     masked = network_of(text + "\nmask: {'A[r, d_in]': keep(30), 'B[d_out]': keep(3)}")
     block = next(block for block in masked.blocks if block.factor == "A")
     for key, value in values(block).items():
-        assert np.array_equal(value, of(text, "A")[key, (16, 64)].ravel()[block.entries[key]])
+        assert np.array_equal(value, of(text, "A")[key, (16, 64)].ravel()[block.entries[key].positions])
 
 
 def test_a_formula_without_a_value() -> None:

@@ -110,7 +110,7 @@ def unpacked(block: Block, flat: Tensor) -> Tensor:
             sizes = [axis.size for axis in block.free_axes]
             of_key = {
                 axis.mode: n
-                for axis, n in zip(block.free_axes, np.unravel_index(block.entries[key], sizes), strict=True)
+                for axis, n in zip(block.free_axes, np.unravel_index(block.entries[key].positions, sizes), strict=True)
             }
             at = [
                 torch.as_tensor(of_key[a.mode] if a.labels is None else a.labels.index(label_of(a.mode, key, block)))
@@ -239,13 +239,18 @@ def counted(adapter: tp.Adapter) -> int:
                 key = tuple(getattr(site, mode) for mode in AT_SITE if mode in written)
                 free = [mode for mode in written if mode not in AT_SITE]
                 block = block_of(adapter, reference.factor, key, [modes.size(mode) for mode in free])
-                kept = (None,) * len(free) if block.kept is None else block.kept[key]
-                left = tuple(
-                    modes.size(mode) if some is None else len(some) for mode, some in zip(free, kept, strict=True)
-                )
+                left = stored_sizes(block, key, [modes.size(mode) for mode in free])
                 policies = tuple(adapter.spec.policy(mode) for mode in free)
                 sizes_of.setdefault((reference.factor, policies, key), set()).add(left)
     return sum(_stored(policies, several) for (_, policies, _), several in sizes_of.items())
+
+
+def stored_sizes(block: Block, key: tuple, sizes: list[int]) -> tuple[int, ...]:
+    """The sizes at a key that masks leave; of masked entries their number, and ones."""
+    if block.entries is not None:
+        return (block.entries[key].count, *(1 for _ in sizes[1:]))
+    kept = (None,) * len(sizes) if block.kept is None else block.kept[key]
+    return tuple(size if some is None else len(some) for size, some in zip(sizes, kept, strict=True))
 
 
 def _stored(policies: tuple[str, ...], several: set[tuple[int, ...]]) -> int:

@@ -86,8 +86,9 @@ def test_lives(name: str, architecture: str, tmp_path: Path) -> None:
     before, base = state(model), run(model, x).detach()
     report = tp.report(spec, model)
     adapter = tp.attach(model, spec)
-    if spec.start == "zero":
-        assert (output(model, adapter, x) - base).norm() <= 1e-6 * base.norm()
+    if spec.start == "zero":  # by zeros, or by a difference that rounds
+        rounds = "start(" in spec_text(spec)
+        assert (output(model, adapter, x) - base).norm() <= (1e-5 if rounds else 0) * base.norm()
     check_trains(model, adapter, x, report.trainable)
     enliven(adapter)
     truth = output(model, adapter, x)

@@ -126,11 +126,6 @@ def ia3_change(layer: nn.Module) -> Tensor:
     return layer.base_layer.weight * ((scales.T if layer.fan_in_fan_out else scales) - 1)
 
 
-def tinylora(layer: nn.Module) -> Values:
-    found = named(layer, {"U": "tinylora_B", "V": "tinylora_A", "P": "tinylora_P"})
-    return {**found, "v": layer.tinylora_v["default"][layer._tinylora_v_key["default"]]}
-
-
 def c3a(layer: nn.Module) -> Values:
     return {"w": layer.c3a_kernel["default"]}
 
@@ -157,7 +152,10 @@ class Method:
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
 CONV1D = ["attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 # the smaller side of a matrix is the output's: the spec of the catalogue with its sides exchanged
-TURNED = {"update": "B[d_in, r, n] * L[matrix, layer, r, n] * A[r, d_out] * G[matrix, layer, n, d_out]"}
+TURNED = {
+    "update": "B[d_in, r, n] * L[matrix, layer, r, n] * A[r, d_out] * G[matrix, layer, n, d_out]",
+    "factors": {"G": {"init": "formula(1 / size(d_out))"}},
+}
 BY_INPUT = {"update": "W[d_out, d_in] * v[matrix, layer, d_in]", "factors": {"u": None}}
 METHODS = {
     "lora": Method("lora", peft.LoraConfig, {"r": 3, "lora_alpha": 5}, lora, {"rank": 3, "alpha": 5}),
@@ -191,10 +189,13 @@ METHODS = {
     ),
 }
 METHODS |= {
+    "miss": Method("miss", peft.MissConfig, {"r": 4}, miss, {"rank": 4}, miss_change),
+    "miss, a rank that divides no side": Method("miss", peft.MissConfig, {"r": 7}, miss, {"rank": 7}, miss_change),
     "hira": Method("hira", peft.HiraConfig, {"r": 3}, hira, {"rank": 3}, hira_change),
     "glora": Method("glora", peft.GloraConfig, {"r": 3}, glora, {"rank": 3, "train": None}, glora_change),
     "ia3": Method("ia3", peft.IA3Config, {"feedforward_modules": ["down_proj"]}, ia3, {}, ia3_change),
     "ia3, by input": Method("ia3", peft.IA3Config, {"feedforward_modules": CONV1D}, ia3, BY_INPUT, ia3_change),
+    "c3a": Method("c3a", peft.C3AConfig, {"block_size": 8}, c3a, {"rank": 8}, c3a_change, 1e-6),
 }
 CASES = [
     *((method, "llama", LINEAR) for method in METHODS if not method.startswith(("randlora", "ia3"))),
@@ -232,14 +233,12 @@ def adapter_tensors(layer: nn.Module) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def copied(
-    adapter: tp.Adapter, theirs: dict[str, nn.Module], method: Method, part: Callable[[Site, Values], Values]
-) -> None:
-    """Give the adapter the factors of PEFT's layers."""
+def place(adapter: tp.Adapter, values: Callable[[Site], Values]) -> None:
+    """Give the adapter the factors of every site."""
     tensors = {block.name: adapter.factors[block.name] for block in adapter.network.blocks}
     references = {f.factor: f for product in adapter.spec.update.products for f in product.factors}
     for site in adapter.sites:
-        for name, value in part(site, method.factors(theirs[site.module])).items():
+        for name, value in values(site).items():
             stored_at(adapter, tensors, references[name], site, modes_at(adapter, site)).copy_(value)
     adapter.forget()
 
@@ -251,7 +250,7 @@ def compare(architecture: str, name: str, modules: list[str], part: Callable[[Si
     adapter = tp.attach(base, tp.load_spec(method.spec, matrices=modules, **method.overrides))
     theirs = layers(other)
     assert {site.module for site in adapter.sites} == set(theirs)
-    copied(adapter, theirs, method, part)
+    place(adapter, lambda site: part(site, method.factors(theirs[site.module])))
     for path, layer in theirs.items():
         expected = method.change(layer)
         expected = expected.T if architecture == "gpt2" else expected

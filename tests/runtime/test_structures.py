@@ -21,9 +21,7 @@ from tests.runtime.test_oracle import by_adapter, by_formula, errors, measured, 
 from tests.structures import CASES, STRUCTURES, model
 
 # what a random spec may be refused for
-MEANINGLESS = re.compile(
-    "nothing joins|its masks differ|so it is not ragged|cannot be masked|the masks leave nothing|twice, once within"
-)
+MEANINGLESS = re.compile("nothing joins|its masks differ|cannot be masked|the masks leave nothing|twice, once within")
 
 
 RANDOM = partial(randomise, std=0.5)
@@ -92,9 +90,9 @@ SPLITS = {
 TARGETS = ("all-linear", {"matrices": ["mix", "grow"]}, {"matrices": ["*.0.mix", "*.1.grow"]})
 
 
-POLICIES = (
-    "by_size",
-    "slice",
+POLICIES: tuple[dict[str, str], ...] = (
+    {"*": "by_size"},
+    {"*": "slice"},
     {"d_out": "slice"},
     {"*": "slice", "d_in": "by_size"},
     {"d_out": "group", "r0": "slice"},
@@ -164,13 +162,13 @@ def random_specs(draw: st.DrawFn) -> str:
         "tasks": tasks,
         "update": update if len(update) > 1 else update["*"],
         "factors": {draw(st.sampled_from([f for f in product if f != "W"])): {"init": "zeros"} for product in every},
-        "ragged": draw(st.sampled_from(POLICIES)),
+        "ragged": {mode: policy for mode, policy in draw(st.sampled_from(POLICIES)).items() if mode in {*carried, "*"}},
         "mask": draw(masks(every, {*opened, *bonds})),
     }
     return json.dumps({key: value for key, value in spec.items() if value}, indent=1)  # YAML too, and without anchors
 
 
-@settings(max_examples=60, phases=[Phase.generate], deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, phases=[Phase.generate], deadline=None, derandomize=True, database=None)
 @given(random_specs())
 def test_a_random_network_equals_one_einsum(text: str) -> None:
     try:

@@ -107,17 +107,17 @@ class Refusal:
     place: str
 
 
-@cache
-def _loaded(spec: str) -> Spec:
-    return load_spec(spec)
-
-
 def drawn(spec: Spec) -> Spec:
     """A spec that keeps by scores, as one that keeps as many at random: whether it fits does not depend on which."""
     masks = tuple(
         replace(mask, rule=replace(mask.rule, name="keep")) if mask.rule.name in SCORED else mask for mask in spec.masks
     )
     return replace(spec, masks=masks, scores=None)
+
+
+@cache
+def _loaded(spec: str) -> Spec:
+    return drawn(load_spec(spec))
 
 
 def outcome(spec: str, shape: ModelShape) -> Refusal | None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import tensorpeft as tp
 from tensorpeft.network.shapes import Site
-from tests.models import inputs, run
+from tests.models import build, inputs, run, widen_norms
 from tests.runtime.reference import modes_at, stored_at
 from tests.structures import model
 
@@ -126,6 +126,11 @@ def ia3_change(layer: nn.Module) -> Tensor:
     return layer.base_layer.weight * ((scales.T if layer.fan_in_fan_out else scales) - 1)
 
 
+def tinylora(layer: nn.Module) -> Values:
+    found = named(layer, {"U": "tinylora_B", "V": "tinylora_A", "P": "tinylora_P"})
+    return {**found, "v": layer.tinylora_v["default"][layer._tinylora_v_key["default"]]}
+
+
 def c3a(layer: nn.Module) -> Values:
     return {"w": layer.c3a_kernel["default"]}
 
@@ -195,6 +200,7 @@ METHODS |= {
     "glora": Method("glora", peft.GloraConfig, {"r": 3}, glora, {"rank": 3, "train": None}, glora_change),
     "ia3": Method("ia3", peft.IA3Config, {"feedforward_modules": ["down_proj"]}, ia3, {}, ia3_change),
     "ia3, by input": Method("ia3", peft.IA3Config, {"feedforward_modules": CONV1D}, ia3, BY_INPUT, ia3_change),
+    "tinylora": Method("tinylora", peft.TinyLoraConfig, {"r": 3, "u": 5}, tinylora, {"rank": {"r": 5, "a": 3}}),
     "c3a": Method("c3a", peft.C3AConfig, {"block_size": 8}, c3a, {"rank": 8}, c3a_change, 1e-6),
 }
 CASES = [
@@ -274,3 +280,42 @@ def test_lora_on_a_fused_module_is_three_matrices_of_one_a() -> None:
         return {"A": values["A"], "B": values["B"][torch.from_numpy(site.row_indices())]}
 
     compare("gpt2", "lora", ["c_attn"], thirds)
+
+
+@pytest.mark.parametrize("spec", ["pissa", "olora"])
+def test_a_start_from_the_weight_equals_peft(spec: str) -> None:
+    """PEFT takes what the pair starts from out of the base weight; ours subtracts it, so that the base stays whole."""
+    config = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights=spec, target_modules=LINEAR)
+    other = peft.get_peft_model(build("llama"), config).base_model.model  # its decompositions are of float32
+    other = widen_norms(other.double().eval())
+    base, x = model("llama"), inputs("llama")
+    whole = {path: module.weight for path, module in base.named_modules() if isinstance(module, nn.Linear)}
+    adapter = tp.attach(base, tp.load_spec(spec, rank=4, matrices=LINEAR))
+    generator, values = torch.Generator().manual_seed(4), {}
+    for path, layer in layers(other).items():
+        pair = {name: value.detach().clone() for name, value in lora(layer).items()}
+        start = pair["B"] @ pair["A"]
+        residue = layer.base_layer.weight.data
+        assert (residue - (whole[path] - start)).norm() <= 1e-6 * residue.norm()
+        residue.copy_(whole[path] - start)  # to all digits
+        for tensor in lora(layer).values():
+            tensor.data = torch.randn(tensor.shape, generator=generator, dtype=torch.float64) * 0.3
+        values[path] = {**lora(layer), **{f"{name}0": value for name, value in pair.items()}}
+        assert (began(adapter, path) - start).norm() <= 1e-4 * start.norm()  # of float32
+        assert not adapter.delta(path).any()
+    place(adapter, lambda site: values[site.module])
+    for path, layer in layers(other).items():
+        expected = layer.base_layer.weight + layer.get_delta_weight("default") - whole[path]
+        assert (adapter.delta(path) - expected).norm() <= 1e-12 * expected.norm(), path
+    with torch.no_grad():
+        ours, truth = run(base, x), run(other, x)
+    assert (ours - truth).norm() <= 1e-12 * truth.norm()
+
+
+def began(adapter: tp.Adapter, path: str) -> Tensor:
+    """The product that our pair starts from at a module."""
+    (site,) = (site for site in adapter.sites if site.module == path)
+    references = {f.factor: f for product in adapter.spec.update.products for f in product.factors}
+    tensors, modes = dict(adapter.factors.state_dict()), modes_at(adapter, site)
+    b, a = (stored_at(adapter, tensors, references[name], site, modes) for name in ("B0", "A0"))
+    return b @ a

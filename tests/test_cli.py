@@ -14,6 +14,7 @@ from click.testing import CliRunner, Result
 from tensorpeft.cli import main
 from tensorpeft.compile import report as reported
 from tensorpeft.language.catalogue import method_paths
+from tensorpeft.language.errors import SpecError
 from tensorpeft.language.load import load_spec
 from tensorpeft.network.families import cards
 from tensorpeft.reporting.catalogue import catalogue
@@ -257,7 +258,10 @@ def test_a_sweep_of_the_whole_catalogue():
         if "refused" not in row:
             rank = int(row["settings"]["rank"])
             assert row["trainable"] == count(row["name"], "roberta-base", rank=rank)
-            assert row["trainable"] <= 300_000 < count(row["name"], "roberta-base", rank=rank + 1)
+            try:
+                assert row["trainable"] <= 300_000 < count(row["name"], "roberta-base", rank=rank + 1)
+            except SpecError as refusal:  # a size of blocks that must divide the sides has no next one
+                assert "do not multiply to" in str(refusal)
 
 
 def count(name: str, model: str, **overrides: object) -> int:

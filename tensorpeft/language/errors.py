@@ -83,7 +83,9 @@ def did_you_mean(found: str, known: Iterable[str]) -> str:
 def nearest(found: str, known: Iterable[str]) -> str | None:
     """The known name most like the one found, if any is."""
     names = {str(name).lower(): str(name) for name in known}
-    near = get_close_matches(found[:64].lower(), names, n=1, cutoff=0.6)
+    wanted = found[:64].lower()
+    near = get_close_matches(wanted, names, n=3, cutoff=0.6)
+    near.sort(key=lambda name: sorted(name) != sorted(wanted))  # letters swapped come before letters changed
     return names[near[0]] if near else None
 
 

@@ -107,7 +107,7 @@ class Refusal:
     place: str
 
 
-def drawn(spec: Spec) -> Spec:
+def without_scores(spec: Spec) -> Spec:
     """A spec that keeps by scores, as one that keeps as many at random: whether it fits does not depend on which."""
     masks = tuple(
         replace(mask, rule=replace(mask.rule, name="keep")) if mask.rule.name in SCORED else mask for mask in spec.masks
@@ -117,7 +117,7 @@ def drawn(spec: Spec) -> Spec:
 
 @cache
 def _loaded(spec: str) -> Spec:
-    return drawn(load_spec(spec))
+    return without_scores(load_spec(spec))
 
 
 def outcome(spec: str, shape: ModelShape) -> Refusal | None:

@@ -88,7 +88,7 @@ def test_masks_leave_of_them_what_they_keep() -> None:
     rows = block_of("svd(W).U[:r]", extra="mask: {'A[d_out]': keep(7)}")
     assert np.array_equal(values(rows), u[rows.kept["value", 1][0]])
     entries = block_of("svd(W).U[:r]", extra="mask: {'A[d_out, r]': keep(30)}")
-    assert np.array_equal(values(entries), u.ravel()[entries.entries["value", 1]])
+    assert np.array_equal(values(entries), u.ravel()[entries.entries["value", 1].positions])
 
 
 def test_it_is_stored_where_it_is_frozen() -> None:

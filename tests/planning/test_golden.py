@@ -12,7 +12,7 @@ from tensorpeft.language.catalogue import method_paths
 from tensorpeft.network.families import model_shape
 from tensorpeft.planning.regime import Regime
 from tensorpeft.runtime.scan import scan
-from tests.catalogue_page import drawn
+from tests.catalogue_page import without_scores
 from tests.models import build
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -27,7 +27,7 @@ def plans(name: str) -> str:
     for model in MODELS:
         try:
             shape = model_shape(model) if model != MODELS[-1] else scan(build("roberta"))
-            spec = drawn(tp.load_spec(name))
+            spec = without_scores(tp.load_spec(name))
             texts = [f"# {title}\n{front(spec, shape, regime)}" for title, regime in REGIMES.items()]
         except tp.SpecError:
             continue

@@ -19,6 +19,7 @@ from tensorpeft.network.shapes import ModelShape
 from tensorpeft.reporting.drawing import drawing
 from tensorpeft.reporting.panels import columns, panels
 from tensorpeft.reporting.svg import CHARACTER
+from tests.catalogue_page import without_scores
 from tests.published import CLASSIFIER
 from tests.structures import CASES, STRUCTURES, model
 
@@ -34,7 +35,7 @@ def shape(name: str) -> ModelShape:
 
 @cache
 def network(name: str) -> Network:
-    return lower(load_spec(SPECS[name]), shape(name))
+    return lower(without_scores(load_spec(SPECS[name])), shape(name))
 
 
 def drawn(name: str) -> ET.Element:

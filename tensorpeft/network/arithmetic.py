@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from functools import reduce
 
 import numpy as np
 
@@ -11,7 +11,7 @@ from tensorpeft.language.errors import did_you_mean, fail, listing
 from tensorpeft.language.syntax import CONSTANTS, Call, Choice, Expression, Name, Number, Operation
 from tensorpeft.network import elementary
 
-_Names = TypeVar("_Names")
+_CHUNK = 1 << 16  # numbers at a time, so that what is between stays in the cache
 _OPERATIONS: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "+": np.add,
     "-": np.subtract,
@@ -23,8 +23,8 @@ _FUNCTIONS: dict[str, Callable[..., np.ndarray]] = {
     "sqrt": np.sqrt,
     "ceil": np.ceil,
     "floor": np.floor,
-    "min": lambda *values: np.minimum.reduce(np.broadcast_arrays(*values)),
-    "max": lambda *values: np.maximum.reduce(np.broadcast_arrays(*values)),
+    "min": lambda *values: reduce(np.minimum, values),
+    "max": lambda *values: reduce(np.maximum, values),
     "mod": np.mod,
     "gcd": lambda a, b: np.gcd(a.astype(np.int64), b.astype(np.int64)).astype(np.float64),
     "exp": elementary.exp,
@@ -41,11 +41,22 @@ def evaluate(expression: Expression, indices: Mapping[str, np.ndarray], sizes: M
     Raises:
         SpecError: a name means nothing here, or a value is not finite.
     """
+    shape = np.broadcast_shapes(*(index.shape for index in indices.values()))
+    found = np.empty(shape)
+    rows = max(1, _CHUNK // max(1, found[:1].size)) if shape else 1
     with np.errstate(all="ignore"):
-        values = _evaluate(expression, indices, sizes)
-    if not np.isfinite(values).all():
+        for first in range(0, shape[0] if shape else 1, rows):
+            part = slice(first, first + rows)
+            here = {name: _rows(index, part, len(shape)) for name, index in indices.items()}
+            found[part if shape else ()] = _evaluate(expression, here, sizes)
+    if not np.isfinite(found).all():
         raise fail(f"`{expression}` has no finite value at some index", expression.span)
-    return np.broadcast_to(values, np.broadcast_shapes(values.shape, *(index.shape for index in indices.values())))
+    return found
+
+
+def _rows(index: np.ndarray, part: slice, n_axes: int) -> np.ndarray:
+    """Some rows of an array, the first of so many axes; all of one that has no such axis of its own."""
+    return index[part] if index.ndim == n_axes and index.shape[0] > 1 else index
 
 
 def _evaluate(expression: Expression, indices: Mapping[str, np.ndarray], sizes: Mapping[str, float]) -> np.ndarray:

@@ -54,7 +54,7 @@ def _quarters(x: np.ndarray, ahead: int) -> np.ndarray:
     rest = x - turns * _QUARTER[0] - turns * _QUARTER[1] - turns * _QUARTER[2]
     square = rest * rest
     sine, cosine = np.ones_like(rest), np.ones_like(rest)
-    for n in range(20, 0, -2):
+    for n in range(18, 0, -2):
         sine = 1.0 - sine * square / (n * (n + 1))
         cosine = 1.0 - cosine * square / (n * (n - 1))
     quarter = np.mod(turns + ahead, 4.0)

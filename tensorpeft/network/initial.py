@@ -82,7 +82,7 @@ def _formula(block: Block, key: Key, places: list[np.ndarray]) -> np.ndarray:
     """Arithmetic over the indices on the free axes."""
     assert isinstance(block.init, Call)
     indices = dict(zip((axis.mode for axis in block.free_axes), places, strict=True))
-    return evaluate(block.init.args[0], indices, block.names[key]).copy()
+    return evaluate(block.init.args[0], indices, block.names[key])
 
 
 def _matrix(block: Block, places: list[np.ndarray]) -> list[np.ndarray]:

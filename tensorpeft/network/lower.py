@@ -80,7 +80,7 @@ def _groups(spec: Spec, storages: dict[str, Storage], placed: Placed, layouts: L
     present = {kind: [s for s in storages.values() if kind in s.use.names] for kind in layouts}
     for site, kind in placed:
         blocks = tuple(storage.block(site).name for storage in present[kind])
-        keys = tuple(storage.key(site) for storage in present[kind] if storage.masking)  # each keeps indices of its own
+        keys = tuple(storage.key(site) for storage in present[kind] if storage.cuts)
         gathered.setdefault((kind, blocks, keys, site.kind), (kind, []))[1].append(site)
     shapes: dict[tuple[int, int], Block] = {}
     groups = []

@@ -11,6 +11,7 @@ import numpy as np
 
 from tensorpeft.language.errors import fail
 from tensorpeft.language.spec import MaskRule
+from tensorpeft.language.syntax import Expression
 from tensorpeft.network import random
 from tensorpeft.network.arithmetic import evaluate
 from tensorpeft.network.elementary import log
@@ -165,9 +166,15 @@ def _sample(mask: Mask, state: int, scores: np.ndarray, count: int) -> np.ndarra
 
 def _where(mask: Mask, shape: tuple[int, ...], sizes: Mapping[str, float]) -> np.ndarray:
     rule = mask.rule
-    indices = dict(zip(rule.modes, np.ix_(*map(np.arange, shape)), strict=True))
-    own = dict(zip(rule.modes, shape, strict=True))
-    kept = np.flatnonzero(evaluate(rule.rule.args[0], indices, {**sizes, **own}))
+    kept = _nonzero(rule.rule.args[0], rule.modes, shape, tuple(sorted(sizes.items())))
     if not len(kept):
         raise fail(f"`{rule.rule}` keeps nothing of `{rule.factor}[{', '.join(rule.modes)}]`", rule.span)
     return kept
+
+
+@lru_cache(maxsize=16)  # it is the same for every key
+def _nonzero(
+    expression: Expression, modes: tuple[str, ...], shape: tuple[int, ...], sizes: tuple[tuple[str, float], ...]
+) -> np.ndarray:
+    indices = dict(zip(modes, np.ix_(*map(np.arange, shape)), strict=True))
+    return np.flatnonzero(evaluate(expression, indices, {**dict(sizes), **dict(zip(modes, shape, strict=True))}))

@@ -45,6 +45,11 @@ class Masking:
         """Whether tensors are packed entry by entry."""
         return any(len(axes) > 1 for _, axes in self.rules)
 
+    @property
+    def of_axes(self) -> bool:
+        """Whether it leaves of some axis other indices for each key."""
+        return any(len(axes) == 1 for _, axes in self.rules)
+
     def rule(self, axis: int) -> MaskRule:
         """A rule for one axis by itself."""
         return next(rule for rule, axes in self.rules if axes == (axis,))

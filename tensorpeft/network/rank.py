@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from math import log
+from collections.abc import Mapping
+from math import log, prod
+from typing import Any
 
 import networkx as nx
 
@@ -17,25 +19,43 @@ def lora_rank(network: Network) -> int:
 
 def rank_bound(group: Group) -> int:
     """An upper bound of the rank of dW at the sites of a group: over its products, the sum of their minimum cuts."""
-    bound = sum(term.size(minimum_cut(term)) for term in group.terms)
+    bound = sum(prod(_cut(term, {**term.sizes, **_entries(term)}).values()) for term in group.terms)
     return min(bound, group.sites[0].d_out, group.sites[0].d_in)
 
 
 def minimum_cut(term: Term) -> tuple[str, ...]:
-    """The modes of least total size whose removal parts the output side of a product from its input side.
+    """The modes of least total size whose removal parts the output side of a product from its input side."""
+    return tuple(mode for mode in _cut(term, term.sizes) if isinstance(mode, str))
 
-    Factors and modes are the two kinds of nodes of one graph. Cutting a mode costs the logarithm of its size, however many
-    factors carry it (a copy tensor is cut once); factors cannot be cut. Site modes are fixed at a site and do not count.
+
+def _entries(term: Term) -> dict[int, int]:
+    """How many entries at most there are of each operand of which masks keep entries."""
+    return {
+        number: max(len(entries[key]) for key in operand.keys)
+        for number, operand in enumerate(term.operands)
+        if (entries := operand.block.entries) is not None
+    }
+
+
+def _cut(term: Term, costs: Mapping[Any, int]) -> dict[str | int, int]:
+    """The nodes that part the output side from the input side at the least product of costs, with these.
+
+    Factors and modes are the two kinds of nodes of one graph. Cutting a mode costs its size, however many factors carry it (a
+    copy tensor is cut once). A factor of few entries is a sum of as many tensors that have no mode left, so it may be cut at
+    their number; other factors cannot be cut. Site modes are fixed at a site and do not count.
     """
     network = graph(term)
-    cuttable = sorted(modes(network, "input", "output", "bond"))
+    joining = sorted(modes(network, "input", "output", "bond"))
     flow = nx.DiGraph()
-    for mode in cuttable:
-        flow.add_edge(("in", mode), ("out", mode), capacity=log(term.sizes[mode]))
+    nodes = (*joining, *range(len(term.operands)))
+    for node in nodes:
+        limit = {"capacity": log(costs[node])} if node in costs else {}
+        flow.add_edge(("in", node), ("out", node), **limit)
+    for mode in joining:
         for factor in network.neighbors(mode):
-            flow.add_edge(("out", mode), factor)
-            flow.add_edge(factor, ("in", mode))
+            flow.add_edge(("out", mode), ("in", factor))
+            flow.add_edge(("out", factor), ("in", mode))
     flow.add_edges_from(("input", ("in", mode)) for mode in term.d_in)
     flow.add_edges_from((("out", mode), "output") for mode in term.d_out)
     reachable = nx.minimum_cut(flow, "input", "output")[1][0]
-    return tuple(m for m in cuttable if ("in", m) in reachable and ("out", m) not in reachable)
+    return {node: costs[node] for node in nodes if ("in", node) in reachable and ("out", node) not in reachable}

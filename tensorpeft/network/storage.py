@@ -52,6 +52,11 @@ class Storage:
         """For each index of a mode of this size the index of the axis that serves it."""
         return serving_indices(self.policies[axis], size, self.block(site).free_axes[axis].size)
 
+    @property
+    def cuts(self) -> bool:
+        """Whether what masks leave of its modes differs from key to key."""
+        return self.masking is not None and self.masking.of_axes
+
     def rule(self, axis: int) -> MaskRule:
         """The rule that masks an axis."""
         assert self.masking is not None

@@ -40,6 +40,13 @@ RANKS = {
     "update: B[p, q, o, r] * A[p, q, r, i]\nmodes: [d_out = p(2) * o, d_in = q(4) * i]\nrank: 2\nfactors: {B: {init: zeros}}": 16,
     "update: D[layer, d_out, d_in]\nfactors: {D: {init: zeros}}": 32,
     "structure: matrix\nrank: 8\nmask: {'B[r]': keep(3)}": 3,
+    "update: D[layer, d_out, d_in]\nfactors: {D: {init: zeros}}\nmask: {'D[d_out, d_in]': keep(5)}": 5,
+    "update: D[layer, d_out, d_in]\nfactors: {D: {init: zeros}}\nmask: {'D[d_out, d_in]': 'where(equal(d_out, d_in))'}": 32,
+    "update: W[d_out, d_in] * u[layer, d_out]\nfactors: {u: {init: zeros}}": 32,
+    "update: W[d_out, d_in] * B[d_out, r] * A[layer, r, d_in]\nrank: 2\nfactors: {B: {init: zeros}}": 32,
+    "update: B[d_out, r] * A[layer, r, m] * W[m, d_in]\nrank: {r: 3, m: d_out}\nfactors: {B: {init: zeros}}": 3,
+    "update: W[d_out, d_in] * u[d_out] + B[d_out, r] * A[r, d_in]\nrank: 3\nfactors: {u: {init: zeros}, B: {init: zeros}}": 32,
+    "update: u[d_out] * g[layer] * u[m] * W[m, d_in]\nrank: {m: d_out}\nfactors: {g: {init: zeros}}": 1,
     "structure: matrix\nrank: 8\nmask: {'B[d_out]': keep(4)}": 4,
 }
 
@@ -63,7 +70,12 @@ def product(term: Term, tensors: dict[str, np.ndarray], generator: np.random.Gen
     numbers = {mode: number for number, mode in enumerate(term.sizes)}
     operands: list[object] = []
     for operand in term.operands:
-        tensors.setdefault(operand.factor, generator.standard_normal(operand.sizes))
+        if operand.factor not in tensors:
+            tensors[operand.factor] = generator.standard_normal(operand.sizes)
+            if operand.block.entries is not None:
+                tensors[operand.factor] *= np.isin(
+                    np.arange(tensors[operand.factor].size), operand.block.entries[operand.keys[0]]
+                ).reshape(operand.sizes)
         operands += [tensors[operand.factor], [numbers[mode] for mode in operand.modes]]
     dense = np.einsum(*operands, [numbers[mode] for mode in (*term.d_out, *term.d_in)], optimize=True)
     return dense.reshape(term.size(term.d_out), term.size(term.d_in))

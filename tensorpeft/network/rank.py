@@ -31,7 +31,7 @@ def minimum_cut(term: Term) -> tuple[str, ...]:
 def _entries(term: Term) -> dict[int, int]:
     """How many entries at most there are of each operand of which masks keep entries."""
     return {
-        number: max(len(entries[key]) for key in operand.keys)
+        number: max(entries[key].count for key in operand.keys)
         for number, operand in enumerate(term.operands)
         if (entries := operand.block.entries) is not None
     }

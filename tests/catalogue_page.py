@@ -125,15 +125,16 @@ def outcome(spec: str, shape: ModelShape) -> Refusal | None:
     try:
         front(_loaded(spec), shape)
     except SpecError as refusal:
-        return _refusal(refusal.problems[0])
+        return _refusal(refusal.problems[0], shape)
     return None
 
 
-def _refusal(problem: Problem) -> Refusal:
+def _refusal(problem: Problem, shape: ModelShape) -> Refusal:
     span = problem.span
     assert span is not None, f"a refusal without a place: {problem.message}"
     keys = re.findall(r"^(\w+):", span.source.text[: span.start], re.MULTILINE)
-    return Refusal(keys[-1], problem.message, str(span))
+    message = problem.message.partition(f" in {shape.name}, which has ")[0]  # all that a model has is too long for a note
+    return Refusal(keys[-1], message, str(span))
 
 
 def fits() -> str:

@@ -30,7 +30,7 @@ def test_a_refusal_is_a_key_of_the_spec_and_a_place_in_its_file():
     refusal = catalogue_page.outcome("lora", catalogue_page.shapes()["mamba"])
     assert refusal is not None
     assert refusal.key == "target"
-    assert refusal.message.startswith("`query` matches nothing in mamba, which has `in_proj`, ")
+    assert refusal.message == "`query` matches nothing"
     assert refusal.place == "specs/lora.yaml:5:21"
 
 

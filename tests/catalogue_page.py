@@ -29,6 +29,7 @@ from tests import published
 PAGE = Path(__file__).resolve().parents[1] / "specs" / "README.md"
 ARCHITECTURES = yaml.safe_load((Path(__file__).parent / "golden" / "architectures.yaml").read_text(encoding="utf-8"))
 OK = "ok"
+_TOLD = 3  # places of a refusal that a footnote lists
 
 
 def filled(page: str) -> str:
@@ -133,7 +134,9 @@ def _refusal(problem: Problem, shape: ModelShape) -> Refusal:
     span = problem.span
     assert span is not None, f"a refusal without a place: {problem.message}"
     keys = re.findall(r"^(\w+):", span.source.text[: span.start], re.MULTILINE)
-    message = problem.message.partition(f" in {shape.name}, which has ")[0]  # all that a model has is too long for a note
+    message = problem.message.partition(f" in {shape.name}, which has ")[
+        0
+    ]  # all that a model has is too long for a note
     return Refusal(keys[-1], message, str(span))
 
 
@@ -144,8 +147,13 @@ def fits() -> str:
         found = [outcome(name, shape) for name in method_paths()]
         rows.append((f"{family} ({ARCHITECTURES[family]['name']})", *(_cell(refusal, notes) for refusal in found)))
     table = Table(("", *method_paths()), tuple(rows)).render("github")
-    told = [f"[^{n}]: {message} ({', '.join(places)})" for n, (message, places) in enumerate(notes.items(), 1)]
+    told = [f"[^{n}]: {message} ({_listed(places)})" for n, (message, places) in enumerate(notes.items(), 1)]
     return "\n".join([table, "", *told])
+
+
+def _listed(places: list[str]) -> str:
+    more = len(places) - _TOLD
+    return ", ".join(places[:_TOLD]) + (f" and {more} others" if more > 0 else "")
 
 
 def _cell(refusal: Refusal | None, notes: dict[str, list[str]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -57,6 +57,17 @@ class Linear:
     def name(self) -> str:
         """The path that it is named by where no family does."""
         return self.path if self.part is None else f"{self.module}.{self.part}".removeprefix(".")
+
+    @property
+    def is_module(self) -> bool:
+        """Whether it is the weight of a linear module, called or read."""
+        return self.kind == "linear" or ("." in (self.parameter or "") and not self.transposed)
+
+    def read(self) -> Linear:
+        """The same weight of a module that is never called, but whose weight the module around it reads."""
+        module, _, name = self.module.rpartition(".")
+        transposed = self.kind == "embedding"
+        return replace(self, module=module, kind="parameter", parameter=f"{name}.weight", transposed=transposed)
 
 
 def weight_path(module: str, parameter: str | None) -> str:

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from itertools import pairwise
 from typing import Any
 
+from tensorpeft.language.catalogue import data_folder
 from tensorpeft.language.errors import ModelError
-from tensorpeft.network.architecture import Architecture, Matrix
+from tensorpeft.network.architecture import Architecture, Matrix, read_yaml
 from tensorpeft.network.shapes import Key, Linear, Site
 
 Sides = tuple[int, int]  # d_out, d_in
+Located = tuple[str, str | None, int]  # a path without its layer's integer, what is before that, and the integer
 
 
 def resolve(linears: Iterable[Linear], architecture: Architecture | None) -> tuple[Site, ...]:
@@ -22,16 +25,17 @@ def resolve(linears: Iterable[Linear], architecture: Architecture | None) -> tup
     integer behind a name such as ``experts``; its layer the first other integer in the path that differs between weights
     of otherwise equal paths and equal sides (or of any sides, or the first integer, or 0 if there is none); its matrix
     the path without these, cut to the shortest dotted ending that begins with a name, is no role's, and is no other
-    matrix's ending. A module that the family never calls is a parameter of the module that reads it.
+    matrix's ending. Where no family is known at all, the common names of linear modules are the roles that they mostly have
+    (``specs/models/conventions``). A module that the family never calls is a parameter of the module that reads it.
 
     Raises:
         ModelError: a weight has other sides than its family's table says, or two have one role, layer and expert.
     """
     if architecture:
         used = (linear for linear in linears if not architecture.is_unused(linear.path))
-        linears = [_read(linear) if architecture.is_read(linear.path) else linear for linear in used]
+        linears = [linear.read() if architecture.is_read(linear.path) else linear for linear in used]
     linears = list(linears)
-    named = _names({linear.name: (linear.d_out, linear.d_in) for linear in linears}, architecture)
+    named = _names(linears, architecture)
     sites: dict[Key, Site] = {}
     known: set[str] = set()  # paths of weights whose parts are the family's
     for linear in linears:
@@ -58,13 +62,6 @@ def in_order(sites: Iterable[Site], first: Iterable[str] = ()) -> tuple[Site, ..
 def _place(site: Site) -> str:
     expert = "" if site.expert is None else f", expert {site.expert}"
     return f"`{site.matrix}` of layer {site.layer}{expert}"
-
-
-def _read(linear: Linear) -> Linear:
-    """A weight that is no module's to call, but is read by the module around it."""
-    module, _, name = linear.module.rpartition(".")
-    transposed = linear.kind == "embedding"
-    return replace(linear, module=module, kind="parameter", parameter=f"{name}.weight", transposed=transposed)
 
 
 def _unknown(linear: Linear, name: Name, others: Container[Key]) -> list[Site]:
@@ -122,10 +119,13 @@ class Name:
     expert: int | None
 
 
-def _names(sides: Mapping[str, Sides], architecture: Architecture | None) -> dict[str, Name]:
-    """What each path says, among the others, of the sides that its weight has."""
+def _names(linears: Iterable[Linear], architecture: Architecture | None) -> dict[str, Name]:
+    """What the path of each weight says, among the others."""
+    sides = {linear.name: (linear.d_out, linear.d_in) for linear in linears}
     experts = {path: _expert(path) for path in sides}
     located = _layers({rest: sides[path] for path, (rest, _) in experts.items()})
+    if architecture is None:
+        located = _with_roles(located, {experts[linear.name][0] for linear in linears if linear.is_module})
     matrices = architecture.matrices if architecture else ()
     roles = {ending for matrix in matrices for ending in _endings(matrix.role)}
     endings = {name: _endings(name) for name in {name for name, _, _ in located.values()}}
@@ -136,6 +136,24 @@ def _names(sides: Mapping[str, Sides], architecture: Architecture | None) -> dic
     }
     named = ((path, *located[rest], expert) for path, (rest, expert) in experts.items())
     return {path: Name(short[name], stack, layer, expert) for path, name, stack, layer, expert in named}
+
+
+def _with_roles(located: Mapping[str, Located], linear: Container[str]) -> dict[str, Located]:
+    """The same places, where inside the layers the last of a linear module's names is a role if it is a common one."""
+    found = {}
+    for path, (name, stack, layer) in located.items():
+        before, dot, last = name.rpartition(".")
+        known = stack is not None and path in linear and last in common_names()
+        found[path] = (f"{before}{dot}{common_names()[last]}" if known else name, stack, layer)
+    twice = {place for place, times in Counter(found.values()).items() if times > 1}
+    return {path: located[path] if place in twice else place for path, place in found.items()}
+
+
+@cache
+def common_names() -> Mapping[str, str]:
+    """The role that a linear module of a common name mostly has."""
+    roles = read_yaml(data_folder("specs") / "models" / "conventions" / "roles.yaml")
+    return {name: role for role, names in roles.items() for name in names}
 
 
 def _expert(path: str) -> tuple[str, int | None]:
@@ -156,12 +174,12 @@ def _endings(name: str) -> list[str]:
     return [".".join(parts[at:]) for at in starts]
 
 
-def _layers(sides: Mapping[str, Sides]) -> dict[str, tuple[str, str | None, int]]:
-    """For each path: the path without its layer's integer, what is before that, and the integer."""
+def _layers(sides: Mapping[str, Sides]) -> dict[str, Located]:
+    """Where each path is."""
     places = {path: _integers(path) for path in sides}
     of_shape = Counter((place.others, sides[path]) for path, found in places.items() for place in found)
     of_path = Counter(place.others for found in places.values() for place in found)
-    located: dict[str, tuple[str, str | None, int]] = {}
+    located: dict[str, Located] = {}
     for path, found in places.items():
         alike = [place for place in found if of_shape[place.others, sides[path]] > 1]
         varying = [place for place in found if of_path[place.others] > 1]

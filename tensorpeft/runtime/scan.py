@@ -12,8 +12,10 @@ from tensorpeft.network.architecture import Architecture, architecture, families
 from tensorpeft.network.shapes import Linear, ModelShape, Site
 from tensorpeft.network.sites import resolve
 from tensorpeft.runtime.adapter import Adapter
+from tensorpeft.runtime.heads import with_heads
 from tensorpeft.runtime.matrices import linears
 from tensorpeft.runtime.parameters import head_of, parameters
+from tensorpeft.runtime.readers import read_modules
 
 
 def scan(model: nn.Module) -> ModelShape:
@@ -32,7 +34,9 @@ def scan(model: nn.Module) -> ModelShape:
     own = {id(module) for adapter in adapters for module in adapter.modules()}
     modules = {path: module for path, module in model.named_modules() if id(module) not in own}
     known = _architecture(modules)
-    sites = resolve(_linears(modules), known)
+    sites = resolve(_linears(modules, known), known)
+    if known is None:
+        sites = tuple(with_heads(site, modules) for site in sites)
     sizes = known.sizes if known else _sizes(sites)
     found = parameters(modules, head_of(modules, sites, dict(sizes)))
     return ModelShape(
@@ -46,10 +50,20 @@ def scan(model: nn.Module) -> ModelShape:
     )
 
 
-def _linears(modules: Mapping[str, nn.Module]) -> list[Linear]:
+def _linears(modules: Mapping[str, nn.Module], known: Architecture | None) -> list[Linear]:
     attentions = [module for module in modules.values() if isinstance(module, nn.MultiheadAttention)]
-    read = {id(module.out_proj) for module in attentions}  # its weight is one that the attention reads
-    return [linear for path, module in modules.items() if id(module) not in read for linear in linears(path, module)]
+    apart = {id(module.out_proj) for module in attentions}  # its weight is one that the attention reads
+    found = [linear for path, module in modules.items() if id(module) not in apart for linear in linears(path, module)]
+    return [linear.read() if _is_read(linear, modules, known) else linear for linear in found]
+
+
+def _is_read(linear: Linear, modules: Mapping[str, nn.Module], known: Architecture | None) -> bool:
+    """Whether the module around a module says in its source that it reads its weight; of what a family knows, that says so."""
+    parent, _, name = linear.module.rpartition(".")
+    if linear.kind not in ("linear", "embedding") or not linear.module or (known and known.find(linear.path)):
+        return False
+    reader: Any = type(modules[parent])
+    return name in read_modules(reader)
 
 
 def _architecture(modules: Mapping[str, nn.Module]) -> Architecture | None:

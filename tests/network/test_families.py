@@ -203,6 +203,13 @@ CONFIGS = {
         "tie_word_embeddings": False,
     },
     "mamba": {"model_type": "mamba", "hidden_size": 32, "num_hidden_layers": 3, "state_size": 4, "vocab_size": 100},
+    "falcon_mamba": {
+        "model_type": "falcon_mamba",
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "state_size": 4,
+        "vocab_size": 100,
+    },
     "mamba, all options": {
         "model_type": "mamba",
         "hidden_size": 32,

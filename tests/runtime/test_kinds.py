@@ -311,7 +311,7 @@ def test_attention_of_torch(training):
 
 def test_all_linear_has_the_weights_that_attention_reads():
     sites = tp.attach(encoder(), "tensorpeft: 1\ntarget: all-linear\nstructure: matrix\nrank: 2\n").sites
-    assert {site.matrix for site in sites} == {"query", "key", "value", "out", "linear1", "linear2"}
+    assert {site.matrix for site in sites} == {"query", "key", "value", "out", "fc1", "fc2"}
 
 
 @pytest.mark.parametrize("line", ["tasks: 2", "dropout: 0.1"])

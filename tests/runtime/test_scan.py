@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,28 @@ def test_a_backbone_inside_another_module_keeps_its_roles():
     ]
     outside = {site.matrix for site in shape.sites if site.stack is None and site.is_linear}
     assert outside == {"pooler.dense", "tags"}
+
+
+def test_common_names_are_roles_in_a_model_of_no_known_family():
+    config = transformers.Exaone4Config(**TEXT, num_key_value_heads=2)
+    shape = scan(transformers.Exaone4ForCausalLM(config))
+    found = {site.matrix: (site.heads, site.head_side) for site in choose(Target(("all-linear",)), shape)}
+    assert found == {
+        "query": (4, "d_out"),
+        "key": (2, "d_out"),
+        "value": (2, "d_out"),
+        "out": (4, "d_in"),
+        "gate": (None, None),
+        "up": (None, None),
+        "down": (None, None),
+    }
+    assert [site.matrix for site in choose(Target(("q_proj",)), shape)] == ["query", "query"]
+
+
+def test_a_name_that_two_modules_share_stays_what_it_is():
+    block = nn.ModuleDict({name: nn.Linear(8, 8) for name in ("q_proj", "to_q", "k_proj")})
+    shape = scan(nn.ModuleDict({"blocks": nn.ModuleList([block, copy.deepcopy(block)])}))
+    assert sorted({site.matrix for site in shape.sites}) == ["key", "q_proj", "to_q"]
 
 
 def test_two_backbones_have_their_names_in_front():
@@ -222,12 +245,41 @@ def test_a_transformer_of_torch_reads_its_attention_s_weights():
         ("layers.1.self_attn.in_proj_weight", "key", 1, 8, 8),
         ("layers.1.self_attn.in_proj_weight", "value", 1, 8, 8),
         ("layers.1.self_attn.out_proj", "out", 1, 8, 8),
-        ("layers.1.linear1", "linear1", 1, 16, 8),
-        ("layers.1.linear2", "linear2", 1, 8, 16),
+        ("layers.1.linear1", "fc1", 1, 16, 8),
+        ("layers.1.linear2", "fc2", 1, 8, 16),
     ]
     query, out = (choose(Target((name,)), shape)[0] for name in ("query", "out"))
     assert (query.heads, query.head_side, query.rows) == (2, "d_out", Rows(0, 8, 24))
     assert (out.heads, out.head_side, out.module, out.parameter) == (2, "d_in", "layers.0.self_attn", "out_proj.weight")
+
+
+class Reader(nn.Module):
+    """Which of its modules does it read, and never call?"""
+
+    def __init__(self):
+        super().__init__()
+        for name in ("read", "called", "both", "handed_on", "asked", "head"):
+            setattr(self, name, nn.Linear(8, 8))
+        self.table = nn.Embedding(4, 8)
+        nn.init.zeros_(self.asked.weight)
+
+    def forward(self, x):
+        x = x @ self.read.weight.t() + self.read.bias + self.table.weight.sum(0)
+        x = self.called(x).to(self.called.weight.dtype) + self.both(x) + x @ self.both.weight
+        return torch.utils.checkpoint.checkpoint(self.handed_on, x) + x.to(self.asked.weight.dtype)
+
+
+class Subclass(Reader):
+    def forward(self, x):
+        return super().forward(x) + self.head.weight
+
+
+def test_a_weight_that_is_read_and_never_called():
+    read = {site.path: (site.module, site.parameter) for site in scan(Reader()).sites if site.kind == "parameter"}
+    assert read == {"read": ("", "read.weight"), "table": ("", "table.weight")}
+    assert {site.path for site in scan(Subclass()).sites if site.kind == "parameter"} == {"read", "table", "head"}
+    inside = scan(nn.ModuleDict({"a": Reader()}))
+    assert [(s.module, s.parameter) for s in inside.sites if s.path == "a.read"] == [("a", "read.weight")]
 
 
 def test_keys_and_values_of_other_widths():

@@ -1,0 +1,37 @@
+"""The heads of attentions in models of no known family, as their configs tell them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from tensorpeft.network.shapes import Site
+
+_HEADS = ("num_attention_heads",)
+_KEYS = ("num_key_value_heads", *_HEADS)
+_OF_ROLE = {"query": ("d_out", _HEADS), "key": ("d_out", _KEYS), "value": ("d_out", _KEYS), "out": ("d_in", _HEADS)}
+
+
+def with_heads(site: Site, modules: Mapping[str, nn.Module]) -> Site:
+    """A site of an attention with the heads that the nearest config around it tells, where their number divides the side."""
+    role = site.matrix.rpartition(".")[2]
+    if site.heads is not None or role not in _OF_ROLE:
+        return site
+    side, keys = _OF_ROLE[role]
+    heads = _told(site.module, modules, keys)
+    if heads is None or getattr(site, side) % heads:
+        return site
+    return replace(site, heads=heads, head_side=side)
+
+
+def _told(path: str, modules: Mapping[str, nn.Module], keys: tuple[str, ...]) -> int | None:
+    """The first of some keys in the config of the innermost module around a path that has any of them."""
+    while True:
+        config: Any = getattr(modules[path], "config", None)
+        found = next((getattr(config, key) for key in keys if isinstance(getattr(config, key, None), int)), None)
+        if found or not path:
+            return found
+        path = path.rpartition(".")[0]

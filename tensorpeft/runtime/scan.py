@@ -60,7 +60,8 @@ def _linears(modules: Mapping[str, nn.Module], known: Architecture | None) -> li
 def _is_read(linear: Linear, modules: Mapping[str, nn.Module], known: Architecture | None) -> bool:
     """Whether the module around a module says in its source that it reads its weight; of what a family knows, that says so."""
     parent, _, name = linear.module.rpartition(".")
-    if linear.kind not in ("linear", "embedding") or not linear.module or (known and known.find(linear.path)):
+    is_told = known is not None and (known.find(linear.path) is not None or known.is_read(linear.path))
+    if is_told or linear.kind not in ("linear", "embedding") or not linear.module:
         return False
     reader: Any = type(modules[parent])
     return name in read_modules(reader)

@@ -231,7 +231,7 @@ CASES = {
     "modernbert": Case("ModernBertForMaskedLM", TEXT, GATED),
     "wav2vec2": Case("Wav2Vec2ForCTC", SOUND, MLP),
     "hubert": Case("HubertModel", {**SOUND, "feat_extract_norm": "layer"}, MLP),
-    "falcon_mamba": Case(
+    "mamba, falcon": Case(
         "FalconMambaForCausalLM",
         {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "vocab_size": 100},
         layers(2, ("in_proj", "x_proj", "dt_proj", "out_proj")),

@@ -53,7 +53,10 @@ class ApartCode:
             for term, each in zip(group.terms, self.chains, strict=True)
         ]
         self.code: fx.GraphModule = code.finish()
-        self.inputs, self.indices = tuple(code.inputs), tuple(torch.tensor(index) for index in code.indices)
+        self.inputs, self.indices = (
+            tuple(code.inputs),
+            tuple(torch.from_numpy(index) for _, index in code.indices.values()),
+        )
 
     @property
     def has_base(self) -> bool:

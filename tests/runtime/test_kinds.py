@@ -14,6 +14,7 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 import tensorpeft as tp
+from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.errors import AdapterError, SpecError
 from tests.models import randomise
 
@@ -176,6 +177,37 @@ def test_masks(module):
         return {"0.weight": stored(model[0], matrix.index_put((rows[:, None], columns), small))}
 
     hold(model, adapter, {"input": x}, deltas)
+
+
+@pytest.mark.parametrize("module", ["embedding", "conv2d", "embedding of a class of its own"])
+def test_single_entries(module):
+    model, x = built(module)
+    text = "update: D[d_out, d_in]\nfactors: {D: {init: zeros}}\nmask: {'D[d_out, d_in]': keep(20)}\n"
+    adapter = tp.attach(model, HEAD % "'*'" + text)
+    (block,) = adapter.network.blocks
+
+    def deltas(factors: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        matrix = torch.zeros_like(as_matrix(model[0], weights["0.weight"]))
+        kept = torch.from_numpy(block.positions)
+        return {"0.weight": stored(model[0], matrix.flatten().index_put((kept,), factors["D"]).view(matrix.shape))}
+
+    hold(model, adapter, {"input": x}, deltas)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_start_from_the_weight(module):
+    """PiSSA's factors: at rank 6 of 6 their product is the whole weight."""
+    model, x = built(module)
+    weight = as_matrix(model[0], model[0].weight.detach())
+    text = (
+        "rank: {r: 6}\nupdate: B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in]\nstart: subtract\n"
+        "factors: {B: {init: 'svd(W).U[:r] * S ** 0.5'}, A: {init: 'svd(W).V[:r] * S ** 0.5'}}\n"
+    )
+    base = model(x)
+    adapter = tp.attach(model, HEAD % "'*'" + text)
+    assert torch.allclose(model(x), base, rtol=1e-12, atol=1e-12)
+    factors = all_factors(adapter)
+    assert torch.allclose(factors["B"][0, 0] @ factors["A"][0, 0], weight, rtol=1e-10, atol=1e-12)
 
 
 EXPERTS = {
@@ -482,3 +514,22 @@ def test_a_half_precision_base():
     assert y.dtype == torch.bfloat16
     y.sum().backward()
     assert all(parameter.grad is not None for parameter in adapter.parameters())
+
+
+@pytest.mark.parametrize("name", method_paths())
+def test_every_shipped_method_on_every_kind(name):
+    """It is refused as a spec, or what it does to the output is what it merges."""
+    for model, matrices, inputs in (
+        (built("conv2d")[0], "*", {"input": built("conv2d")[1]}),
+        (built("embedding")[0], "*", {"input": built("embedding")[1]}),
+        (mixture(), "experts.down", IDS),
+        (encoder(), "query", {"src": torch.randn(2, 5, 8, dtype=torch.float64)}),
+    ):
+        try:
+            adapter = tp.attach(model, tp.load_spec(name, matrices=[matrices]))
+        except SpecError:
+            continue
+        randomise(adapter, std=0.1)
+        output = first(model(**inputs))
+        adapter.merge()
+        assert torch.allclose(first(model(**inputs)), output, rtol=1e-8, atol=1e-10)

@@ -74,7 +74,7 @@ def product(term: Term, tensors: dict[str, np.ndarray], generator: np.random.Gen
             tensors[operand.factor] = generator.standard_normal(operand.sizes)
             if operand.block.entries is not None:
                 tensors[operand.factor] *= np.isin(
-                    np.arange(tensors[operand.factor].size), operand.block.entries[operand.keys[0]]
+                    np.arange(tensors[operand.factor].size), operand.block.entries[operand.keys[0]].positions
                 ).reshape(operand.sizes)
         operands += [tensors[operand.factor], [numbers[mode] for mode in operand.modes]]
     dense = np.einsum(*operands, [numbers[mode] for mode in (*term.d_out, *term.d_in)], optimize=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass
 
 from tensorpeft.network.graph import is_copy
@@ -13,6 +14,7 @@ from tensorpeft.reporting.report import Report
 from tensorpeft.reporting.steps import Step, step_table, steps
 from tensorpeft.reporting.table import Table
 
+_NUMBERS = re.compile(r"\d+(?:, \d+)*")
 _KINDS = {
     "input": "index of the input",
     "output": "index of the output",
@@ -42,7 +44,11 @@ class Explanation(Page):
 
     @property
     def listings(self) -> tuple[Listing, ...]:
-        return self.code
+        """The code; functions that differ in numbers alone are told once."""
+        alike: dict[str, list[Listing]] = {}
+        for listing in self.code:
+            alike.setdefault(_NUMBERS.sub("", f"{listing.caption} {listing.code}"), []).append(listing)
+        return tuple(_first(each) for each in alike.values())
 
     def to_data(self) -> dict[str, object]:
         report = self.report.to_data()
@@ -69,6 +75,12 @@ class Explanation(Page):
 def explanation(plan: Plan, code: tuple[Listing, ...] = ()) -> Explanation:
     """All that there is to say of a plan; the code is what the runtime makes of it."""
     return Explanation(report_of(plan), panels(plan.network), steps(plan), code)
+
+
+def _first(alike: list[Listing]) -> Listing:
+    first, *others = alike
+    more = f"; and {len(others)} that differ in numbers alone" if others else ""
+    return Listing(f"{first.caption}{more}", first.code)
 
 
 def _modes(panel: Panel) -> Table:

@@ -41,7 +41,9 @@ def front(spec: Spec | str | Path, model: ModelShape, regime: Regime = Regime())
     return plan(network, regime)  # Network -> Plan: the order of every contraction
 
 
-def attach(model: nn.Module, spec: Spec | str | Path, *, name: str | None = None, regime: Regime = Regime()) -> Adapter:
+def attach(
+    model: nn.Module, spec: Spec | str | Path, *, name: str | None = None, regime: Regime | None = None
+) -> Adapter:
     """Compile a spec for a torch model and attach it.
 
     The base is frozen and otherwise left alone: no module is replaced or renamed. The adapter becomes a submodule of the model.
@@ -51,7 +53,7 @@ def attach(model: nn.Module, spec: Spec | str | Path, *, name: str | None = None
         model: any torch model with linear modules; of transformers' models the roles are known by family.
         spec: a spec, a catalogue name, a path, or YAML text.
         name: the adapter's name on this model; the spec's own by default.
-        regime: what the order of contraction is planned for.
+        regime: what the order of contraction is planned for; by default, for what each input turns out to be.
 
     Raises:
         SpecError: the spec is wrong, or does not fit the model.
@@ -61,7 +63,7 @@ def attach(model: nn.Module, spec: Spec | str | Path, *, name: str | None = None
     from tensorpeft.runtime.attach import attach_plan
     from tensorpeft.runtime.scan import scan
 
-    return attach_plan(model, front(spec, scan(model), regime), name)
+    return attach_plan(model, front(spec, scan(model), regime or Regime()), name, adapts=regime is None)
 
 
 def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = None) -> Adapter:

@@ -77,6 +77,12 @@ class Plan:
     sets: tuple[InputSet, ...]
 
     @property
+    def order(self) -> tuple[object, ...]:
+        """What of it the emitted code depends on; the regime's figures are not part of it."""
+        chains = [each for planned in self.groups for each in planned.chains]
+        return tuple(tuple((link.operands, link.path, link.at_site) for link in each.links) for each in chains)
+
+    @property
     def flops(self) -> int:
         """FLOPs of one forward pass of the whole adapter, prologue included."""
         return self.prologue_flops + sum(g.site_flops for g in self.groups)

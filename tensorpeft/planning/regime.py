@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -20,3 +20,8 @@ class Regime:
     number_bytes: int = 2
     balance: float = 32
     launch: float = 1e6
+
+    def near(self, tokens: int, *, gradients: bool, number_bytes: int) -> Regime:
+        """This one at the nearest power of 4 tokens, up to 4,096: few plans serve all lengths."""
+        power = min(max(1, tokens).bit_length() // 2, 6)
+        return replace(self, tokens=4**power, gradients=gradients, number_bytes=number_bytes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -18,11 +18,10 @@ from tensorpeft.network.shapes import Site
 from tensorpeft.planning.plan import Plan
 from tensorpeft.runtime import merging, prologue, saving
 from tensorpeft.runtime.apart import Apart
-from tensorpeft.runtime.emit import emit
+from tensorpeft.runtime.compiled import Codes, Compiled
 from tensorpeft.runtime.extras import Extras
 from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.hooks import Attachment
-from tensorpeft.runtime.prologue import Stacks
 from tensorpeft.runtime.set_run import SetRun
 from tensorpeft.runtime.spectral import fill_from_weights
 from tensorpeft.runtime.weights import base_weight
@@ -33,12 +32,15 @@ class Adapter(nn.Module):
 
     It is a submodule of the model, which keeps its class, its names and its parameters. ``factors`` holds one
     parameter (or buffer, where frozen) per factor, or per size of a ragged one.
+
+    Where it ``adapts``, inputs of other lengths than the plan's, or without gradients, have plans of their own.
     """
 
-    def __init__(self, plan: Plan, name: str, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, plan: Plan, name: str, dtype: torch.dtype, device: torch.device, *, adapts: bool = True) -> None:
         super().__init__()
         self.name = name
         self.plan = plan
+        self.adapts = adapts
         self.factors = Factors(plan.network, dtype, device)
         self.extras = Extras(extra.path for extra in plan.network.extras)
         self.attachment: Attachment | None = None
@@ -62,7 +64,7 @@ class Adapter(nn.Module):
     def places(self) -> dict[str, list[tuple[int, int]]]:
         """Of every module that has a site: its input sets, by number, and which of their modules it is."""
         found: dict[str, list[tuple[int, int]]] = {}
-        for number, call in enumerate(self._code.sets):
+        for number, call in enumerate(self._codes.main.code.sets):
             for place, site in enumerate(call.modules):
                 found.setdefault(site.module, []).append((number, place))
         return found
@@ -221,44 +223,40 @@ class Adapter(nn.Module):
 
     def forget(self) -> None:
         """Drop the prologue's results: the next site computes them from the factors as they then are."""
-        self._stacks: dict[tuple[Any, ...], Stacks] = {}
+        self._codes.forget()
         self._runs: dict[int, SetRun] = {}
 
     def drop_runs(self) -> None:
         """Drop what sites were to share that were not called."""
         self._runs = {}
-        if prologue.is_traced():  # else it would be a result of the compiled model
-            self._stacks = {}
+        if prologue.is_traced():  # else they would be results of the compiled model
+            self._codes.forget()
 
     def update(self, number: int, place: int, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The output y (..., d_out) of a module for the input x (..., d_in), with the update of its sites added.
 
         ``number`` is that of an input set, ``place`` that of the module in it.
         """
-        stacks = self._current(y.dtype, y.device)
+        compiled = self._codes.code_for(x, y)
+        stacks = compiled.stacks(self.factors, y.dtype, y.device)
         run = self._runs.pop(number, None)
         if run is None or not run.fits(place, x, stacks):
-            run = SetRun(self._code.sets[number], stacks, x, self._given(number, module, x, y), y.dtype)
+            given = self._given(compiled, number, module, x, y)
+            run = SetRun(compiled.code.sets[number], stacks, x, given, y.dtype)
         y = run.land(place, y)
         if run.waiting:
             self._runs[number] = run
         return y
 
-    def _given(self, number: int, module: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
+    def _given(self, compiled: Compiled, number: int, module: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
         """What an input set is given beside its input and the prologue's results."""
-        call = self._code.sets[number]
-        given: dict[str, Any] = {"training": self.training, **self._indices(y.device)[1][number]}
+        call = compiled.code.sets[number]
+        given: dict[str, Any] = {"training": self.training, **compiled.indices(y.device)[1][number]}
         if call.program.kind.by_base:
             given["w"] = base_weight(self, module, call.modules[0]).to(y.dtype)
         if call.program.kind.by_task:
             given["ids"] = self._checked_ids(x, call.modules[0])
         return given
-
-    def _indices(self, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]:
-        """The constant indices of the emitted code, on a device."""
-        if device not in self._placed:
-            self._placed[device] = self._code.to(device)
-        return self._placed[device]
 
     def _checked_ids(self, x: Tensor, site: Site) -> Tensor:
         if self._ids is None:
@@ -272,39 +270,17 @@ class Adapter(nn.Module):
             )
         return self._ids.to(x.device)
 
-    def _current(self, dtype: torch.dtype, device: torch.device) -> Stacks:
-        """The prologue's results for the factors as they are, computed at the first site that asks.
-
-        The model's forward starts by forgetting them. The versions of the factors guard the rest: a submodule called by itself,
-        and checkpointing, which runs parts of the forward again during the backward pass and must meet the same tensors.
-        """
-        factors = tuple(self.factors[name] for name in self._code.inputs)
-        state = () if prologue.is_traced() else _state(factors)
-        if (dtype, device, state) not in self._stacks:
-            indices = self._indices(factors[0].device)[0]
-            stacks = prologue.run(self._code.prologue, dtype, device, factors, indices)
-            self._stacks = {key: kept for key, kept in self._stacks.items() if key[-1] == state}
-            self._stacks[dtype, device, state] = stacks
-        return self._stacks[dtype, device, state]
-
     # Copies: without emitted code and the prologue's results, which follow from the rest
 
     def _emit(self) -> None:
-        self._code = emit(self.plan)
-        self._placed: dict[torch.device, tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]] = {}
+        self._codes = Codes(self.plan, adapts=self.adapts)
         self.apart = Apart(self)
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_code", "_placed", "_stacks", "_runs", "apart")
+        left_out = ("_codes", "_runs", "apart")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._emit()
-
-
-def _state(factors: tuple[Tensor, ...]) -> tuple[bool | int, ...]:
-    """What the prologue's results depend on, beside their dtype and device: what is recorded, and the factors' versions."""
-    versions = (-1 if factor.is_inference() else factor._version for factor in factors)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *versions

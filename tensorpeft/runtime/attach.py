@@ -19,7 +19,12 @@ from tensorpeft.runtime.spectral import fill_from_weights
 
 
 def attach_plan(
-    model: nn.Module, plan: Plan, name: str | None = None, values: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    plan: Plan,
+    name: str | None = None,
+    values: Mapping[str, Tensor] | None = None,
+    *,
+    adapts: bool = True,
 ) -> Adapter:
     """Build the adapter of a plan and attach it: all of it, or on an error nothing.
 
@@ -39,7 +44,7 @@ def attach_plan(
         raise AdapterError(f"the model already has an adapter `{name}`; give this one another name with `name=`")
     weight = _first_weight(model, plan.network)
     floating = weight.is_floating_point() and weight.dtype.itemsize >= 4
-    adapter = Adapter(plan, name, weight.dtype if floating else torch.float32, weight.device)
+    adapter = Adapter(plan, name, weight.dtype if floating else torch.float32, weight.device, adapts=adapts)
     if values is not None:
         adapter.factors.put({block.name: values[block.name] for block in plan.network.blocks})
     adapter.attachment = Attachment(model, adapter)

@@ -1,0 +1,92 @@
+"""Emitted code with what it needs at run time, and which of an adapter's codes an input is for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tensorpeft.planning.plan import Plan, plan
+from tensorpeft.planning.regime import Regime
+from tensorpeft.runtime import prologue
+from tensorpeft.runtime.emit import emit
+from tensorpeft.runtime.factors import Factors
+from tensorpeft.runtime.prologue import Stacks
+
+
+class Compiled:
+    """The code of a plan, its constants on each device, and the prologue's results for the factors as they are."""
+
+    def __init__(self, planned: Plan) -> None:
+        self.order = planned.order
+        self.code = emit(planned)
+        self._placed: dict[torch.device, tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the prologue's results."""
+        self._stacks: dict[tuple[Any, ...], Stacks] = {}
+
+    def indices(self, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]:
+        """The constant indices of the prologue and of the input sets, on a device."""
+        if device not in self._placed:
+            self._placed[device] = self.code.to(device)
+        return self._placed[device]
+
+    def stacks(self, factors: Factors, dtype: torch.dtype, device: torch.device) -> Stacks:
+        """The prologue's results for the factors as they are, computed at the first site that asks.
+
+        The model's forward starts by forgetting them. The versions of the factors guard the rest: a submodule called by itself,
+        and checkpointing, which runs parts of the forward again during the backward pass and must meet the same tensors.
+        """
+        taken = tuple(factors[name] for name in self.code.inputs)
+        state = () if prologue.is_traced() else _state(taken)
+        if (dtype, device, state) not in self._stacks:
+            indices = self.indices(taken[0].device)[0]
+            stacks = prologue.run(self.code.prologue, dtype, device, taken, indices)
+            self._stacks = {key: kept for key, kept in self._stacks.items() if key[-1] == state}
+            self._stacks[dtype, device, state] = stacks
+        return self._stacks[dtype, device, state]
+
+
+class Codes:
+    """The codes of an adapter: that of its plan, and those of the plans for other uses, each made when it is first needed.
+
+    Uses whose plans are in the same order share one code.
+    """
+
+    def __init__(self, planned: Plan, *, adapts: bool) -> None:
+        self.main = Compiled(planned)
+        self._regime, self._network = planned.regime, planned.network
+        self._adapts = adapts
+        self._by_regime: dict[Regime, Compiled] = {planned.regime: self.main}
+
+    def code_for(self, x: Tensor, y: Tensor) -> Compiled:
+        """The code for an input: as planned for about as many tokens, with or without gradients, and numbers of this size.
+
+        A compiler that follows what is done gets the adapter's own plan, for any input.
+        """
+        if not self._adapts or prologue.is_traced():
+            return self.main
+        tokens = x.numel() // max(1, x.shape[-1])
+        regime = self._regime.near(tokens, gradients=torch.is_grad_enabled(), number_bytes=y.dtype.itemsize)
+        if regime not in self._by_regime:
+            self._by_regime[regime] = self._made(plan(self._network, regime))
+        return self._by_regime[regime]
+
+    def _made(self, planned: Plan) -> Compiled:
+        same = (made for made in self._by_regime.values() if made.order == planned.order)
+        return next(same, None) or Compiled(planned)
+
+    def forget(self) -> None:
+        """Drop all results on factors alone."""
+        for compiled in self._by_regime.values():
+            compiled.forget()
+
+
+def _state(factors: tuple[Tensor, ...]) -> tuple[bool | int, ...]:
+    """What the prologue's results depend on, beside their dtype and device: what is recorded, and the factors' versions."""
+    versions = (-1 if factor.is_inference() else factor._version for factor in factors)
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *versions

@@ -1,11 +1,14 @@
-"""Time of a training step and of a decoding step, beside PEFT and the frozen base in one run.
+"""Time of a training step and of a decoding step, beside a rival and the frozen base in one run.
 
-Every round times the base, then each contender, one step each; what is kept is the ratio to the base of the same round, so that a
-slow moment of the machine hits all alike. Medians of at least nine rounds. On a GPU the blocks have the shape of Llama-3-8B's, in
-bfloat16; on a CPU they are scaled down and in float32. The figures, the machine and the versions go into the JSON file beside
-this one, the medians into a picture.
+Every round takes one step of the base, of the contender and of its rival, each time in another order; what is kept are ratios
+within a round, so that a slow moment of the machine hits all alike, and their medians. The rival is PEFT's own of the same
+method, or our LoRA where PEFT has none.
 
-    python tests/benchmarks/step_time.py [--rounds 9]
+On a GPU the blocks have the shape of Llama-3-8B's, in bfloat16, and times are the wall's; on a CPU they are scaled down, in
+float32, and times are CPU seconds of one thread. The figures, the machine and the versions go into the JSON file beside this
+one, the training step's medians into a picture.
+
+    python tests/benchmarks/step_time.py [--rounds 25]
 """
 
 from __future__ import annotations
@@ -17,11 +20,15 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import peft
 import torch
 import transformers
+from matplotlib.figure import Figure
+from tabulate import tabulate
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -30,7 +37,7 @@ import tensorpeft as tp
 
 GPU = torch.cuda.is_available()
 DEVICE, DTYPE = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
-SIZES = (
+SIZES: dict[str, Any] = (
     {"hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8}
     if GPU
     else {"hidden_size": 512, "intermediate_size": 1792, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -39,27 +46,36 @@ TRAINED = (8, 1024) if GPU else (2, 128)  # batch, tokens
 DECODED = (64, 1)
 QV = ["q_proj", "v_proj"]
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+WARM_UP = 3  # steps: plans, caches, kernels
 Adapt = Callable[[nn.Module], nn.Module]
+Step = Callable[[nn.Module, Tensor], None]
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One way to adapt the model."""
+class Contest:
+    """One of our adapters, and what it is compared with beside the frozen base."""
 
     name: str
-    adapt: Adapt
+    ours: Adapt
+    rival_name: str
+    rival: Adapt
 
 
-def ours(name: str, matrices: list[str], **settings: object) -> Adapt:
+def ours(name: str, matrices: list[str], rank: int | None = None) -> Adapt:
     def adapt(model: nn.Module) -> nn.Module:
-        tp.attach(model, tp.load_spec(name, matrices=matrices, **settings))
+        ranked = {} if rank is None else {"rank": rank}
+        tp.attach(model, tp.load_spec(name, matrices=matrices, **ranked))
         return model
 
     return adapt
 
 
-def theirs(config: peft.PeftConfig) -> Adapt:
-    return lambda model: peft.get_peft_model(model, config)
+def against_peft(name: str, mine: Adapt, config: peft.PeftConfig) -> Contest:
+    return Contest(name, mine, "peft", lambda model: peft.get_peft_model(model, config))
+
+
+def against_lora(name: str, mine: Adapt) -> Contest:
+    return Contest(name, mine, "our lora r=8", ours("lora", QV))
 
 
 def frozen(model: nn.Module) -> nn.Module:
@@ -69,26 +85,22 @@ def frozen(model: nn.Module) -> nn.Module:
     return model
 
 
-CONTENDERS = (
-    Contender("lora r=8 qv", ours("lora", QV)),
-    Contender("lora r=8 qv, peft", theirs(peft.LoraConfig(r=8, target_modules=QV))),
-    Contender("lorta r=8 qv", ours("lorta", QV)),
-    Contender("lora r=16 all", ours("lora", LINEAR, rank=16)),
-    Contender("lora r=16 all, peft", theirs(peft.LoraConfig(r=16, target_modules=LINEAR))),
-    Contender("vera r=256 qv", ours("vera", QV)),
-    Contender("vera r=256 qv, peft", theirs(peft.VeraConfig(r=256, target_modules=QV))),
-    Contender("loha r=8 qv", ours("loha", QV)),
-    Contender("loha r=8 qv, peft", theirs(peft.LoHaConfig(r=8, target_modules=QV))),
-    Contender("lokr r=8 qv", ours("lokr", QV)),
-    Contender("lokr r=8 qv, peft", theirs(peft.LoKrConfig(r=8, target_modules=QV))),
-    Contender("randlora r=32 q", ours("randlora", QV[:1], rank=32)),
-    Contender("randlora r=32 q, peft", theirs(peft.RandLoraConfig(r=32, target_modules=QV[:1]))),
-    Contender("fact_tt a=b=16 qv", ours("fact_tt", QV)),
-    Contender("lotr a=b=8 qv", ours("lotr", QV)),
-)
+CONTESTS = (
+    against_peft("lora r=8 qv", ours("lora", QV), peft.LoraConfig(r=8, target_modules=QV)),
+    against_peft("lora r=16 all", ours("lora", LINEAR, 16), peft.LoraConfig(r=16, target_modules=LINEAR)),
+    against_peft("vera r=256 qv", ours("vera", QV), peft.VeraConfig(r=256, target_modules=QV)),
+    against_peft("loha r=8 qv", ours("loha", QV), peft.LoHaConfig(r=8, target_modules=QV)),
+    against_peft("lokr r=8 qv", ours("lokr", QV), peft.LoKrConfig(r=8, target_modules=QV)),
+    against_peft(
+        "randlora r=32 q", ours("randlora", QV[:1], 32), peft.RandLoraConfig(r=32, target_modules=QV[:1])
+    ),
+    against_lora("lorta r=8 qv", ours("lorta", QV)),
+    against_lora("fact_tt a=b=16 qv", ours("fact_tt", QV)),
+    against_lora("lotr a=b=8 qv", ours("lotr", QV)),
+)  # fmt: skip
 
 
-def built(adapt: Adapt, compiled: bool) -> nn.Module:
+def built(adapt: Adapt, *, compiled: bool) -> nn.Module:
     torch.manual_seed(0)
     model = adapt(LlamaForCausalLM(LlamaConfig(**SIZES)).to(DEVICE, DTYPE))
     return torch.compile(model) if compiled else model
@@ -105,93 +117,111 @@ def decoding_step(model: nn.Module, ids: Tensor) -> None:
 
 
 def seconds(step: Callable[[], None]) -> float:
-    if GPU:
-        torch.cuda.synchronize()
+    """Of the wall on a GPU, when it is done; of the CPU else, which does not count what other processes do."""
+    if not GPU:
+        began = time.process_time()
+        step()
+        return time.process_time() - began
+    torch.cuda.synchronize()
     began = time.perf_counter()
     step()
-    if GPU:
-        torch.cuda.synchronize()
+    torch.cuda.synchronize()
     return time.perf_counter() - began
 
 
 def peak_bytes(step: Callable[[], None]) -> int | None:
-    """The most memory that a step holds; on a GPU alone can it be told."""
+    """The most memory that a step takes beyond what was there before; on a GPU alone can it be told."""
     if not GPU:
         return None
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     step()
-    return int(torch.cuda.max_memory_allocated())
+    return int(torch.cuda.max_memory_allocated()) - before
 
 
-def ratios(
-    step: Callable[[nn.Module, Tensor], None], shape: tuple[int, int], rounds: int, compiled: bool
-) -> dict[str, dict[str, object]]:
-    """For each contender, its times as ratios to the base's, round by round: two models at a time are in memory."""
-    ids = torch.randint(SIZES["vocab_size"], shape, device=DEVICE, generator=torch.Generator(DEVICE).manual_seed(0))
-    base = built(frozen, compiled)
-    found: dict[str, dict[str, object]] = {}
-    for contender in tqdm(CONTENDERS, desc=f"{step.__name__}{', compiled' * compiled}", leave=False):
-        model = built(contender.adapt, compiled)
-        for _ in range(3):  # warm up: plans, caches, kernels
-            step(base, ids)
-            step(model, ids)
-        pairs = [
-            (seconds(lambda: step(base, ids)), seconds(lambda model=model: step(model, ids))) for _ in range(rounds)
-        ]
-        each = [mine / its for its, mine in pairs]
-        found[contender.name] = {
-            "median": round(statistics.median(each), 4),
-            "rounds": [round(ratio, 4) for ratio in each],
-            "peak_bytes": peak_bytes(lambda model=model: step(model, ids)),
-            "base_s": round(statistics.median(its for its, _ in pairs), 5),
-        }
-    return found
+def contest(step: Step, base: nn.Module, one: Contest, ids: Tensor, rounds: int, *, compiled: bool) -> dict[str, Any]:
+    """Ratios of the three, round by round: three models at a time are in memory."""
+    models = {"base": base, "ours": built(one.ours, compiled=compiled), "rival": built(one.rival, compiled=compiled)}
+    steps = {name: partial(step, model, ids) for name, model in models.items()}
+    for _ in range(WARM_UP):
+        for each in steps.values():
+            each()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for n in range(rounds):
+        order = list(steps)[n % 3 :] + list(steps)[: n % 3]
+        for name in order:
+            times[name].append(seconds(steps[name]))
+
+    def ratios(over: str, under: str) -> list[float]:
+        return [round(a / b, 4) for a, b in zip(times[over], times[under], strict=True)]
+
+    rounded = {"ours": ratios("ours", "base"), "rival": ratios("rival", "base"), "to_rival": ratios("ours", "rival")}
+    return {
+        "rival": one.rival_name,
+        "medians": {name: round(statistics.median(each), 4) for name, each in rounded.items()},
+        "rounds": rounded,
+        "base_s": round(statistics.median(times["base"]), 5),
+        "peak_bytes": {name: peak_bytes(each) for name, each in steps.items()},
+    }
 
 
-def picture(medians: dict[str, float], title: str) -> str:
-    """Horizontal bars, longer is slower; the line at 1 is the frozen base."""
-    left, unit, row = 190, 220, 22
-    height = row * len(medians) + 50
-    bars = []
-    for at, (name, ratio) in enumerate(medians.items()):
-        y = 40 + row * at
-        colour = "#b8b8b8" if name.endswith("peft") else "#3b6ea8"
-        bars.append(f'<text x="{left - 8}" y="{y + 13}" text-anchor="end">{name}</text>')
-        bars.append(f'<rect x="{left}" y="{y}" width="{unit * ratio:.1f}" height="{row - 6}" fill="{colour}"/>')
-        bars.append(f'<text x="{left + unit * ratio + 6:.1f}" y="{y + 13}">{ratio:.2f}</text>')
-    line = f'<line x1="{left + unit}" x2="{left + unit}" y1="34" y2="{height - 8}" stroke="#c03028" stroke-dasharray="4 3"/>'
-    width = left + unit * max(medians.values()) + 60
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" font-family="sans-serif" '
-        f'font-size="12"><text x="8" y="20" font-size="14">{title}</text>{"".join(bars)}{line}</svg>\n'
-    )
+def run(step: Step, shape: tuple[int, int], rounds: int, *, compiled: bool) -> dict[str, dict[str, Any]]:
+    """All contests at one kind of step."""
+    ids = torch.randint(SIZES["vocab_size"], shape, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    base = built(frozen, compiled=compiled)
+    bar = tqdm(CONTESTS, desc=f"{step.__name__}{', compiled' * compiled}", leave=False)
+    return {one.name: contest(step, base, one, ids, rounds, compiled=compiled) for one in bar}
+
+
+def picture(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Bars of the medians, longer is slower; the line at 1 is the frozen base."""
+    figure = Figure(figsize=(8, 0.55 * len(found) + 1.2), layout="constrained")
+    axes = figure.subplots()
+    for n, one in enumerate(found.values()):
+        axes.barh(n - 0.2, one["medians"]["ours"], 0.38, color="tab:blue", label="tensorpeft" if n == 0 else None)
+        colour = "tab:gray" if one["rival"] == "peft" else "tab:cyan"
+        axes.barh(n + 0.2, one["medians"]["rival"], 0.38, color=colour)
+        axes.text(one["medians"]["rival"], n + 0.2, f" {one['rival']}", va="center", fontsize=8)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.axvline(1, color="tab:red", linestyle="--", label="frozen base")
+    axes.set_xlabel("time of a training step, as a ratio to the frozen base's")
+    axes.legend(loc="lower right")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def table(found: dict[str, dict[str, Any]]) -> str:
+    rows = [(name, *one["medians"].values(), one["rival"]) for name, one in found.items()]
+    return tabulate(rows, headers=["", "ours / base", "rival / base", "ours / rival", "rival"], floatfmt=".3f")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=25)
     rounds = max(9, parser.parse_args().rounds)
+    if not GPU:
+        torch.set_num_threads(1)
     cases = {"training, eager": (training_step, TRAINED, False), "decoding, eager": (decoding_step, DECODED, False)}
     if GPU:
         cases |= {
             "training, compiled": (training_step, TRAINED, True),
             "decoding, compiled": (decoding_step, DECODED, True),
         }
-    results = {name: ratios(step, shape, rounds, compiled) for name, (step, shape, compiled) in cases.items()}
+    results = {}
+    for name, (step, shape, compiled) in cases.items():
+        results[name] = run(step, shape, rounds, compiled=compiled)
+        print(name, table(results[name]), sep="\n\n", end="\n\n")
     kept = {
-        "ratios_to_the_frozen_base": results,
+        "steps": results,
         "model": SIZES,
         "tokens": {"training": TRAINED, "decoding": DECODED},
-        "machine": torch.cuda.get_device_name() if GPU else f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "machine": torch.cuda.get_device_name() if GPU else f"{platform.machine()}, one thread, CPU seconds",
         "dtype": str(DTYPE),
         "versions": {m.__name__: m.__version__ for m in (tp, peft, torch, transformers)},
     }
     here = Path(__file__).with_name(f"step_time_{'gpu' if GPU else 'cpu'}")
     here.with_suffix(".json").write_text(json.dumps(kept, indent=1) + "\n")
-    medians = {name: float(str(entry["median"])) for name, entry in results["training, eager"].items()}
-    here.with_suffix(".svg").write_text(picture(medians, "A training step, as a ratio to the frozen base's"))
-    for case, found in results.items():
-        print(case, *(f"  {name:24s} {entry['median']}" for name, entry in found.items()), sep="\n")
+    picture(results["training, eager"], here.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

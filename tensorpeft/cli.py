@@ -235,7 +235,7 @@ def explain(spec: str, model: str, settings: Sequence[str], form: str, output: P
 
 def _code(plan: Plan) -> Iterator[Listing]:
     """The emitted functions: the prologue, and those of every kind of input set."""
-    from tensorpeft.runtime.emit import emit
+    from tensorpeft.emission.emit import emit
 
     yield from (Listing(title, code) for title, code in emit(plan).listings())
 

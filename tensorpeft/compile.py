@@ -61,7 +61,7 @@ def attach(
         AdapterError: the model already has an adapter of that name.
     """
     from tensorpeft.runtime.attach import attach_plan
-    from tensorpeft.runtime.scan import scan
+    from tensorpeft.scanning.scan import scan
 
     return attach_plan(model, front(spec, scan(model), regime or Regime()), name, adapts=regime is None)
 
@@ -86,7 +86,7 @@ def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = No
     from tensorpeft.checkpoint.fit import check_factors, check_sites
     from tensorpeft.runtime.attach import attach_plan
     from tensorpeft.runtime.saving import restored
-    from tensorpeft.runtime.scan import scan
+    from tensorpeft.scanning.scan import scan
 
     saved, shape = read(Path(folder)), scan(model)
     with blamed_on(saved.path):
@@ -121,6 +121,6 @@ def shape_of(model: ModelShape | nn.Module | str | Path | dict[str, Any]) -> Mod
         return model
     if isinstance(model, (str, Path, dict)):
         return model_shape(model)
-    from tensorpeft.runtime.scan import scan
+    from tensorpeft.scanning.scan import scan
 
     return scan(model)

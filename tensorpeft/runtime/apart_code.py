@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, fx
 
+from tensorpeft.emission.prologue_code import PrologueCode
+from tensorpeft.emission.strand import Piece
 from tensorpeft.language.spec import BASE_WEIGHT
 from tensorpeft.network.network import Group, Term
 from tensorpeft.planning.chain import Chain, Link, chain
 from tensorpeft.planning.paths import Order
 from tensorpeft.planning.plan import GroupPlan, Plan
 from tensorpeft.runtime import prologue
-from tensorpeft.runtime.prologue_code import PrologueCode
-from tensorpeft.runtime.strand import Piece
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tensorpeft.emission.emit import emit
 from tensorpeft.planning.plan import Plan, plan
 from tensorpeft.planning.regime import Regime
 from tensorpeft.runtime import prologue
-from tensorpeft.runtime.emit import emit
 from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.prologue import Stacks
 

@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from tensorpeft.emission.emit import taken
+from tensorpeft.emission.named import Code
+from tensorpeft.emission.prologue_code import PrologueCode
+from tensorpeft.emission.strand import Strand, strands
+from tensorpeft.emission.strand_code import ROW, Given, StrandCode
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.network.network import Group, Term
 from tensorpeft.network.shapes import Site
 from tensorpeft.planning.plan import Plan, dense_plan
 from tensorpeft.runtime import prologue
-from tensorpeft.runtime.emit import taken
-from tensorpeft.runtime.named import Code
-from tensorpeft.runtime.prologue_code import PrologueCode
-from tensorpeft.runtime.strand import Strand, strands
-from tensorpeft.runtime.strand_code import ROW, Given, StrandCode
 from tensorpeft.runtime.weights import base_weight
 
 if TYPE_CHECKING:

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from tensorpeft.emission import ops
 from tensorpeft.language.spec import BASE_WEIGHT
 from tensorpeft.network.network import Group
 from tensorpeft.planning.apart import some_sites
 from tensorpeft.planning.plan import GroupPlan
-from tensorpeft.runtime import ops
 from tensorpeft.runtime.apart_code import ApartCode, Built
 from tensorpeft.runtime.weights import base_weight
 

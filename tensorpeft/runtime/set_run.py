@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tensorpeft.runtime.emit import SetCall
+from tensorpeft.emission.emit import SetCall
 from tensorpeft.runtime.prologue import Stacks, is_traced
 
 Given = dict[str, Any]

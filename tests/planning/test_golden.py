@@ -11,7 +11,7 @@ from tensorpeft.compile import front
 from tensorpeft.language.catalogue import method_paths
 from tensorpeft.network.families import model_shape
 from tensorpeft.planning.regime import Regime
-from tensorpeft.runtime.scan import scan
+from tensorpeft.scanning.scan import scan
 from tests.catalogue_page import without_scores
 from tests.models import build
 

@@ -15,7 +15,7 @@ from tensorpeft.network.network import Network, Term
 from tensorpeft.network.shapes import ModelShape
 from tensorpeft.planning.plan import Plan, dense_plan, plan
 from tensorpeft.planning.regime import Regime
-from tensorpeft.runtime.scan import scan
+from tensorpeft.scanning.scan import scan
 from tests.structures import CASES, STRUCTURES, model
 
 TOKENS = (1, 16, 256, 4096)

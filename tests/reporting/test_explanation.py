@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from tensorpeft.compile import front, shape_of
+from tensorpeft.emission.emit import emit
 from tensorpeft.language.load import load_spec
 from tensorpeft.reporting.explanation import explanation
 from tensorpeft.reporting.page import Listing
-from tensorpeft.runtime.emit import emit
 
 
 def test_code_that_differs_in_numbers_alone_is_told_once():

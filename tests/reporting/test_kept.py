@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import tensorpeft as tp
 from tensorpeft.compile import front
 from tensorpeft.reporting.kept import kept_per_token
-from tensorpeft.runtime.scan import scan
+from tensorpeft.scanning.scan import scan
 from tests.models import build, randomise
 
 SPECS = [

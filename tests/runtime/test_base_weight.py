@@ -16,7 +16,7 @@ from tensorpeft.network.shapes import Site
 from tensorpeft.planning.plan import plan
 from tensorpeft.planning.regime import Regime
 from tensorpeft.runtime.attach import attach_plan
-from tensorpeft.runtime.scan import scan
+from tensorpeft.scanning.scan import scan
 from tests.models import inputs, randomise, run
 from tests.runtime.reference import AT_SITE, LETTERS, modes_at, stored_at, unpacked
 from tests.runtime.test_oracle import by_adapter, by_formula, errors, measured, named_factors

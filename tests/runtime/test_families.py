@@ -24,7 +24,7 @@ from tensorpeft.network.extras import extras
 from tensorpeft.network.families import model_shape
 from tensorpeft.network.shapes import ModelShape, Site
 from tensorpeft.network.targets import choose
-from tensorpeft.runtime.scan import scan
+from tensorpeft.scanning.scan import scan
 from tests.models import randomise
 from tests.runtime.families import ATTENTION, CASES, FIRST_LAYER, MLP, NOT_ON_CARDS, inputs, layers, on_meta, run
 

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from tensorpeft.emission import ops
 from tensorpeft.planning.chain import SITE
 from tensorpeft.planning.paths import TOKEN
-from tensorpeft.runtime import ops
 
 Modes = tuple[str, ...]
 

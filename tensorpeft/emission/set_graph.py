@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from torch import fx
 from torch.fx.node import Argument
 
+from tensorpeft.emission import ops
+from tensorpeft.emission.named import Code, Modes, Named
+from tensorpeft.emission.set_kind import SetKind
+from tensorpeft.emission.strand_code import ROW, Given, StrandCode
 from tensorpeft.network.shapes import Rows
 from tensorpeft.planning.paths import TOKEN
-from tensorpeft.runtime import ops
-from tensorpeft.runtime.named import Code, Modes, Named
-from tensorpeft.runtime.set_kind import SetKind
-from tensorpeft.runtime.strand_code import ROW, Given, StrandCode
 
 HEAD, INPUT = "<head>", "<input>"  # all columns of a head's result; all features of the input
 

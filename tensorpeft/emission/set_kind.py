@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tensorpeft.emission.strand import Strand
 from tensorpeft.network.shapes import Rows
-from tensorpeft.runtime.strand import Strand
 
 
 @dataclass(frozen=True)

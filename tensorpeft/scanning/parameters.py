@@ -10,7 +10,7 @@ from torch import nn
 from tensorpeft.network.architecture import families
 from tensorpeft.network.families import head_modules
 from tensorpeft.network.shapes import Parameter, Site
-from tensorpeft.runtime.matrices import is_norm
+from tensorpeft.scanning.matrices import is_norm
 
 IsHead = Callable[[str], bool]
 

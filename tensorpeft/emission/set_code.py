@@ -16,14 +16,14 @@ from operator import getitem
 
 from torch import fx
 
+from tensorpeft.emission import ops
+from tensorpeft.emission.named import Code, Modes, Named
+from tensorpeft.emission.set_backward import Backward
+from tensorpeft.emission.set_graph import HEAD, INPUT, Function, SetGraph, rows_of
+from tensorpeft.emission.set_kind import Head, Place, SetKind
+from tensorpeft.emission.strand import Strand
+from tensorpeft.emission.strand_code import ROW, Run
 from tensorpeft.planning.paths import TOKEN
-from tensorpeft.runtime import ops
-from tensorpeft.runtime.named import Code, Modes, Named
-from tensorpeft.runtime.set_backward import Backward
-from tensorpeft.runtime.set_graph import HEAD, INPUT, Function, SetGraph, rows_of
-from tensorpeft.runtime.set_kind import Head, Place, SetKind
-from tensorpeft.runtime.strand import Strand
-from tensorpeft.runtime.strand_code import ROW, Run
 
 
 class SetCode:

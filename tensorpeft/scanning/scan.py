@@ -12,10 +12,10 @@ from tensorpeft.network.architecture import Architecture, architecture, families
 from tensorpeft.network.shapes import Linear, ModelShape, Site
 from tensorpeft.network.sites import resolve
 from tensorpeft.runtime.adapter import Adapter
-from tensorpeft.runtime.heads import with_heads
-from tensorpeft.runtime.matrices import linears
-from tensorpeft.runtime.parameters import head_of, parameters
-from tensorpeft.runtime.readers import read_modules
+from tensorpeft.scanning.heads import with_heads
+from tensorpeft.scanning.matrices import linears
+from tensorpeft.scanning.parameters import head_of, parameters
+from tensorpeft.scanning.readers import read_modules
 
 
 def scan(model: nn.Module) -> ModelShape:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from math import prod
 
+from tensorpeft.emission.named import Modes
 from tensorpeft.network.network import Operand, Term
 from tensorpeft.planning.chain import SITE, Link, differ
 from tensorpeft.planning.plan import GroupPlan
-from tensorpeft.runtime.named import Modes
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ import torch
 from torch import fx
 from torch.fx.node import Argument
 
+from tensorpeft.emission import ops
+from tensorpeft.emission.strand import Piece
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.network import Block, Group, Operand, Term
 from tensorpeft.network.shapes import Key
 from tensorpeft.planning.chain import ANY_SITE, SITE, Bundles, Link, operand_modes
 from tensorpeft.planning.cost import prologue_key
 from tensorpeft.planning.plan import Plan
-from tensorpeft.runtime import ops
-from tensorpeft.runtime.strand import Piece
 
 _KEY_ORDER = (*SITE_MODES, "site")  # "site" is the axis of a block whose sites fill no grid
 Rows = tuple[int, ...]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from functools import cache, cached_property, lru_cache
 
-from tensorpeft.runtime.set_code import SetCode
-from tensorpeft.runtime.set_graph import Function
-from tensorpeft.runtime.set_kind import SetKind
+from tensorpeft.emission.set_code import SetCode
+from tensorpeft.emission.set_graph import Function
+from tensorpeft.emission.set_kind import SetKind
 
 
 class SetProgram:

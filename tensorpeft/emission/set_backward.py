@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
-from tensorpeft.runtime import ops
-from tensorpeft.runtime.named import Named
-from tensorpeft.runtime.set_graph import HEAD, INPUT, Function, SetGraph, rows_of
-from tensorpeft.runtime.set_kind import Head, Place
-from tensorpeft.runtime.strand import Strand
-from tensorpeft.runtime.strand_code import Run, Slot, StrandCode
+from tensorpeft.emission import ops
+from tensorpeft.emission.named import Named
+from tensorpeft.emission.set_graph import HEAD, INPUT, Function, SetGraph, rows_of
+from tensorpeft.emission.set_kind import Head, Place
+from tensorpeft.emission.strand import Strand
+from tensorpeft.emission.strand_code import Run, Slot, StrandCode
 
 if TYPE_CHECKING:
-    from tensorpeft.runtime.set_code import SetCode
+    from tensorpeft.emission.set_code import SetCode
 
 
 class Backward:

@@ -9,10 +9,10 @@ from operator import getitem
 import torch
 from torch import fx
 
+from tensorpeft.emission import ops
+from tensorpeft.emission.named import Code, Modes, Named
+from tensorpeft.emission.strand import Met, Piece, Strand
 from tensorpeft.planning.chain import SITE
-from tensorpeft.runtime import ops
-from tensorpeft.runtime.named import Code, Modes, Named
-from tensorpeft.runtime.strand import Met, Piece, Strand
 
 ROW = "task"  # of an activation: the row of the batch, whose task chooses among a factor's
 

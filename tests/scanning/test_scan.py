@@ -15,7 +15,7 @@ from tensorpeft.language.errors import ModelError
 from tensorpeft.language.spec import Target
 from tensorpeft.network.shapes import Rows
 from tensorpeft.network.targets import choose
-from tensorpeft.runtime.scan import scan
+from tensorpeft.scanning.scan import scan
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {**SMALL, "vocab_size": 100}

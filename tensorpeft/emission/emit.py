@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from tensorpeft.emission.program import SetProgram, program
+from tensorpeft.emission.prologue_code import Part, PrologueCode
+from tensorpeft.emission.set_kind import Head, Place, SetKind
+from tensorpeft.emission.strand import Strand, strands
 from tensorpeft.network.network import Group, Term
 from tensorpeft.network.shapes import Rows, Site
 from tensorpeft.planning.chain import Bundles
 from tensorpeft.planning.plan import Plan
 from tensorpeft.planning.sets import InputSet
-from tensorpeft.runtime.program import SetProgram, program
-from tensorpeft.runtime.prologue_code import Part, PrologueCode
-from tensorpeft.runtime.set_kind import Head, Place, SetKind
-from tensorpeft.runtime.strand import Strand, strands
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Emitted:
 def listing(name: str, code: fx.GraphModule) -> str:
     """Emitted code as it is read: a function of that name, without what only frees memory."""
     text = re.sub(r"; ( *\w+ =)+ None", "", code.code.strip())
-    return text.replace("def forward(self, ", f"def {name}(").replace("tensorpeft_runtime_ops_", "ops.").rstrip()
+    return text.replace("def forward(self, ", f"def {name}(").replace("tensorpeft_emission_ops_", "ops.").rstrip()
 
 
 def emit(plan: Plan) -> Emitted:

@@ -53,14 +53,15 @@ def parts() -> dict[str, str]:
 
 def methods() -> str:
     found = catalogue()
-    headers = ("spec", f"trained on {found.model}", "method", "paper", "dW")
+    headers = ("spec", f"trained on {found.model}", "of the base", "method", "paper", "dW")
     return Table(headers, tuple(map(_method, found.methods))).render("github")
 
 
 def _method(method: Method) -> tuple[int | str, ...]:
     count = "does not fit" if method.trainable is None else method.trainable
     told = f"{method.title}: {method.what}"
-    return f"[{method.name}]({method.name}.yaml)", count, told, _linked(method.paper), f"`{method.update}`"
+    update = f"`{method.update}`" if method.update else "none"
+    return f"[{method.name}]({method.name}.yaml)", count, method.extra or "", told, _linked(method.paper), update
 
 
 def _linked(paper: Paper) -> str:
@@ -134,10 +135,8 @@ def _refusal(problem: Problem, shape: ModelShape) -> Refusal:
     span = problem.span
     assert span is not None, f"a refusal without a place: {problem.message}"
     keys = re.findall(r"^(\w+):", span.source.text[: span.start], re.MULTILINE)
-    message = problem.message.partition(f" in {shape.name}, which has ")[
-        0
-    ]  # all that a model has is too long for a note
-    return Refusal(keys[-1], message, str(span))
+    message = problem.message.partition(f" in {shape.name}, which has ")[0]  # all that it has is too long for a note
+    return Refusal(keys[-1], re.sub(rf"\b{re.escape(shape.name)}\b", "the model", message), str(span))
 
 
 def fits() -> str:

@@ -101,14 +101,20 @@ def run(model: nn.Module, x: Tensor) -> Tensor:
 
 @torch.no_grad()
 def randomise(adapter: nn.Module, std: float = 0.3, seed: int = 2) -> None:
-    """An adapter at its zero start proves nothing: give every trained factor random numbers."""
+    """An adapter at its zero start proves nothing: give every trained factor random numbers, and move what else is trained."""
     generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter.parameters():
+    for parameter in adapter.factors.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
+    for path, base in adapter.extras.base.items():  # a norm of the model stays one
+        moved = torch.randn(base.shape, generator=generator, dtype=torch.float64) * min(std, 0.3)
+        adapter.extras[path].copy_(base + moved)
 
 
 def enliven(adapter: nn.Module, seed: int = 2) -> None:
     """Random numbers at which an update is neither lost beside the weights nor drowns them."""
+    if not adapter.sites:  # nothing is trained but parameters of the model
+        randomise(adapter, seed=seed)
+        return
     path, task = adapter.sites[0].module, 0 if adapter.spec.tasks else None
     weight = adapter.attachment.model.get_submodule(path).weight.float().norm()
     std = 0.3

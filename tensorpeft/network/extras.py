@@ -64,7 +64,7 @@ def _nothing(entry: str, model: ModelShape, holders: set[str]) -> str:
         )
         return f"`{entry}` means nothing here: {model.name} has {missing}"
     names = {*TRAINABLE, *_endings(model.parameters)}
-    is_card = any(NORMS in parameter.kinds and "." not in parameter.path for parameter in model.parameters)
+    is_card = any(NORMS in parameter.kinds and parameter.path.startswith("norms.") for parameter in model.parameters)
     known = ", as far as its config tells" if is_card else ""
     hint = did_you_mean(entry, names) or f"; expected {listing(TRAINABLE)}, or the ending of a parameter's path"
     return f"`{entry}` is no parameter of {model.name}{known}{hint}"

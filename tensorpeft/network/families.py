@@ -181,9 +181,18 @@ def _outside(table: Mapping[str, Any], added: Mapping[str, Any], start: str, siz
         yield _Weight(linear, bias, tied, frozenset() if in_body else frozenset({"head"}))
 
 
+_OTHERS = {  # a table's key -> the name of what it counts, and the words of `train:` that mean it
+    "norms": ("norms.weight", {"norms"}),  # with their biases, which are counted apart
+    "norm_biases": ("norms.bias", {"norms", "biases"}),
+    "parameters": ("others.weight", set[str]()),
+    "biases": ("others.bias", {"biases"}),
+}
+
+
 def _others(entries: Mapping[str, Any], where: str, sizes: Sizes) -> Iterator[Parameter]:
-    """Parameters that are no site's, of the body or of the head."""
-    kinds = {"head"} if where else set()
-    for name, more in (("norms", {"norms"}), ("parameters", set())):
-        if count := sizes.value(entries.get(name, 0)):
-            yield Parameter(where + name, count, frozenset(kinds | more))
+    """Parameters that are no site's, of the body or of the head: all norms, all others, and the biases of each."""
+    counts = {key: sizes.value(entries.get(key, 0)) for key in _OTHERS}
+    counts["norms"] -= counts["norm_biases"]
+    for key, (name, kinds) in _OTHERS.items():
+        if counts[key]:
+            yield Parameter(where + name, counts[key], frozenset({*kinds, *({"head"} if where else ())}))

@@ -16,7 +16,7 @@ from tensorpeft.language.load import load_spec
 from tensorpeft.network.families import cards, model_shape
 from tensorpeft.network.lower import lower
 from tensorpeft.network.shapes import ModelShape
-from tensorpeft.reporting.counting import trained
+from tensorpeft.reporting.counting import added, trained
 from tensorpeft.reporting.page import Page
 from tensorpeft.reporting.table import Cell, Table
 
@@ -53,8 +53,9 @@ class Method:
     paper: Paper
     update: str
     targets: tuple[str, ...]
-    trained: tuple[str, ...]  # the factors
-    trainable: int | None
+    trained: tuple[str, ...]  # the factors, and what `train:` names of the base
+    trainable: int | None  # numbers of factors
+    extra: int | None  # numbers of the base
     refused: str | None
 
 
@@ -85,11 +86,13 @@ class Catalogue(Page):
     @property
     def tables(self) -> tuple[Table, ...]:
         counted = f"trained on {self.model}"
-        methods = tuple((m.name, _number(m), ", ".join(m.trained), m.what, str(m.paper)) for m in self.methods)
+        methods = tuple(
+            (m.name, _number(m), m.extra or "", ", ".join(m.trained), m.what, str(m.paper)) for m in self.methods
+        )
         refused = tuple((m.name, m.refused.partition("\n")[0]) for m in self.methods if m.refused is not None)
         headers = ("model", "family", "layers", "width", "heads", "parameters")
         return (
-            Table(("method", counted, "factors trained", "what it is", "paper"), methods),
+            Table(("method", counted, "of the base", "trained", "what it is", "paper"), methods),
             *([Table(("does not fit", "because"), refused)] if refused else []),
             Table(headers, tuple(tuple(asdict(card).values()) for card in self.cards)),
         )
@@ -107,9 +110,10 @@ def catalogue(model: str = COUNTED_ON) -> Catalogue:
 
 def _method(name: str, path: Path, shape: ModelShape) -> Method:
     spec, (title, what, paper) = load_spec(name), described(path.read_text(encoding="utf-8"))
-    count, refused = None, None
+    count, extra, refused = None, None, None
     try:
-        count = trained(lower(spec, shape))
+        network = lower(spec, shape)
+        count, extra = trained(network), added(network)
     except SpecError as refusal:
         refused = str(refusal)
     return Method(
@@ -119,8 +123,9 @@ def _method(name: str, path: Path, shape: ModelShape) -> Method:
         paper=paper,
         update=str(spec.update),
         targets=spec.target.matrices,
-        trained=tuple(factor for factor, rule in spec.factors if not rule.frozen),
+        trained=(*(factor for factor, rule in spec.factors if not rule.frozen), *spec.train),
         trainable=count,
+        extra=extra,
         refused=refused,
     )
 

@@ -43,7 +43,7 @@ def report_of(plan: Plan) -> Report:
         number_bytes=plan.regime.number_bytes,
         kept_per_token=kept_per_token(plan),
         trainable=trained(network),
-        extra=sum(parameter.count for parameter in network.extras),
+        extra=added(network),
         frozen_stored=_count(block for block in network.blocks if not block.trainable and not block.seeded),
         frozen_seeded=_count(block for block in network.blocks if block.seeded),
         shared=owned[None],
@@ -58,8 +58,13 @@ def report_of(plan: Plan) -> Report:
 
 
 def trained(network: Network) -> int:
-    """How many numbers an optimizer sees."""
+    """How many numbers of the factors an optimizer sees."""
     return _count(block for block in network.blocks if block.trainable)
+
+
+def added(network: Network) -> int:
+    """How many numbers of the base are trained beside them."""
+    return sum(parameter.count for parameter in network.extras)
 
 
 def _count(blocks: Iterable[Block]) -> int:

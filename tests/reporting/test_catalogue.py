@@ -27,11 +27,12 @@ def test_everything_that_ships_is_there():
 def test_a_method_is_counted_or_its_refusal_is_told(name):
     method = next(method for method in catalogue().methods if method.name == name)
     if method.refused is None:
-        assert method.trainable == report(name, model=COUNTED_ON).trainable
+        found = report(name, model=COUNTED_ON)
+        assert (method.trainable, method.extra) == (found.trainable, found.extra)
     else:
         with pytest.raises(SpecError) as refusal:
             report(name, model=COUNTED_ON)
-        assert (method.trainable, method.refused) == (None, str(refusal.value))
+        assert (method.trainable, method.extra, method.refused) == (None, None, str(refusal.value))
 
 
 @pytest.mark.parametrize("name", method_paths())

@@ -188,6 +188,11 @@ def test_a_spec_without_an_update_trains_the_base_alone():
     assert (found.trainable, found.extra) == (0, 12 * (5 * 768 + 3072) + 25 * 2 * 768)
 
 
+def test_every_bias_is_counted():
+    """Those of linear modules, of norms, and of the pooler."""
+    assert report("bitfit", model="bert-base").extra == 12 * (5 * 768 + 3072) + 25 * 768 + 768
+
+
 CHOSEN = """\
 tensorpeft: 1
 name: chosen

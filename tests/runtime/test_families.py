@@ -54,8 +54,9 @@ def test_a_config_tells_how_many_numbers_extras_have(name):
     for kind in ("norms", "head"):
         counts = [sum(each.count for each in shape.parameters if kind in each.kinds) for shape in (live, read)]
         assert counts[0] == counts[1]
-    spec = tp.load_spec(FIRST_LAYER + "train: [biases]\n")
-    assert outcome(spec, live) == outcome(spec, read)
+    for entry in ("biases", "bias"):  # of the target, and of the whole model
+        spec = tp.load_spec(FIRST_LAYER + f"train: [{entry}]\n")
+        assert outcome(spec, live) == outcome(spec, read)
 
 
 def outcome(spec: tp.Spec, shape: ModelShape) -> int | None:

@@ -92,9 +92,23 @@ def named_factors(adapter: tp.Adapter) -> dict[str, Tensor]:
     return {block.name: adapter.factors[block.name] for block in adapter.network.blocks}
 
 
+def named_extras(adapter: tp.Adapter) -> dict[str, Tensor]:
+    """What is trained of the model itself, by its paths there."""
+    return {path: adapter.extras[path] for path in adapter.extras.paths}
+
+
+@torch.no_grad()
+def with_extras(adapter: tp.Adapter, model: nn.Module) -> dict[str, Tensor]:
+    """What an adapter trains of its model, put into another model of its kind, whose parameters are returned."""
+    theirs = {path: model.get_parameter(path).requires_grad_() for path in adapter.extras.paths}
+    for path, parameter in theirs.items():
+        parameter.copy_(adapter.extras[path])
+    return theirs
+
+
 def by_adapter(model: nn.Module, adapter: tp.Adapter, x: Tensor) -> dict[str, Tensor]:
     with adapter.tasks(IDS) if adapter.spec.tasks else contextlib.nullcontext():
-        return measured(model, x, named_factors(adapter))
+        return measured(model, x, {**named_factors(adapter), **named_extras(adapter)})
 
 
 def by_dense_matrices(model: nn.Module, adapter: tp.Adapter, x: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:

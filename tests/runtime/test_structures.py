@@ -17,7 +17,7 @@ import tensorpeft as tp
 from tensorpeft.planning.regime import Regime
 from tests.models import inputs, randomise, run
 from tests.runtime.reference import updates
-from tests.runtime.test_oracle import by_adapter, by_formula, errors, measured, named_factors
+from tests.runtime.test_oracle import by_adapter, by_formula, errors, measured, named_factors, with_extras
 from tests.structures import CASES, STRUCTURES, model
 
 # what a random spec may be refused for
@@ -39,34 +39,36 @@ def check(text: str, architecture: str, fill: Callable[[tp.Adapter], None] = RAN
     tasks = range(adapter.spec.tasks) if adapter.spec.tasks else (None,)
     paths = dict.fromkeys(site.module for site in adapter.sites)
     assert any(adapter.delta(path, tasks[0]).any() for path in paths) == (adapter.spec.start == "nonzero")
-    start = {name: value.clone() for name, value in adapter.state_dict().items()}
+    start = {name: value.clone() for name, value in base.state_dict().items()}
     fill(adapter)
-    dense, truth = truth_of(base, adapter, x)
+    dense, truth = truth_of(model(architecture), adapter, x)
     found = errors(by_adapter(base, adapter, x), truth)
     assert max(found.values()) <= 1e-12, found
     with adapter.disabled():
         assert not torch.allclose(run(base, x), truth["output"], rtol=1e-6)
-        for regime in (Regime(1, gradients=False), Regime(4096)):  # by itself it plans for 16 tokens, with gradients
-            other = tp.attach(base, adapter.spec, name="other", regime=regime)
-            other.factors.put(named_factors(adapter))
-            found = errors(by_adapter(base, other, x), truth)
-            assert max(found.values()) <= 1e-12, (regime, found)
-            other.detach()
+    for regime in (Regime(1, gradients=False), Regime(4096)):  # by itself it plans for 16 tokens, with gradients
+        twin = model(architecture)
+        other = tp.attach(twin, adapter.spec, regime=regime)
+        other.factors.put(named_factors(adapter))
+        with_extras(adapter, twin)
+        found = errors(by_adapter(twin, other, x), truth)
+        assert max(found.values()) <= 1e-12, (regime, found)
     for path in paths:
         for task in tasks:
             expected = dense[path] if task is None else dense[path].expand(len(tasks), -1, -1)[task]
             assert (adapter.delta(path, task) - expected).norm() <= 1e-12 * expected.norm()
     check_merge(base, adapter, x, tasks[-1])
     adapter.reset_parameters()
-    assert all(torch.equal(value, start[name]) for name, value in adapter.state_dict().items())
+    assert all(torch.equal(value, start[name]) for name, value in base.state_dict().items())
 
 
 def truth_of(model: nn.Module, adapter: tp.Adapter, x: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """dW of every module; output and gradients of the model that has W + dW."""
+    """dW of every module; output and gradients of a model without an adapter, given W + dW and what else is trained."""
     leaves = {n: f.detach().clone().requires_grad_(f.requires_grad) for n, f in named_factors(adapter).items()}
     dense = updates(adapter, leaves)
-    with adapter.disabled(), by_formula(model, dense):
-        return {path: change.detach() for path, change in dense.items()}, measured(model, x, leaves)
+    extras = with_extras(adapter, model)
+    with by_formula(model, dense):
+        return {path: change.detach() for path, change in dense.items()}, measured(model, x, {**leaves, **extras})
 
 
 def check_merge(model: nn.Module, adapter: tp.Adapter, x: Tensor, task: int | None) -> None:

@@ -5,6 +5,7 @@ This is the only module that asks opt_einsum for a path.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 
@@ -39,6 +40,9 @@ def carried(term: Term, order: Order) -> set[str]:
 def _candidates(term: Term, tokens: int) -> Iterator[Order]:
     everything = tuple(range(len(term.operands)))
     yield (everything,)
+    if len(everything) <= 2:  # these are all orders that there are
+        yield from itertools.permutations([(i,) for i in everything])
+        return
     yield from _halves(term, minimum_cut(term))
     for number in dict.fromkeys((tokens, 1, 1 << 30)):
         yield from _coarser(_lineage(_path(term, number), len(everything)))

@@ -11,9 +11,11 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
+from tensorpeft.emission.index import Index
 from tensorpeft.emission.program import SetProgram, program
 from tensorpeft.emission.prologue_code import Part, PrologueCode
 from tensorpeft.emission.set_kind import Head, Place, SetKind
@@ -32,7 +34,7 @@ class SetCall:
     program: SetProgram
     modules: tuple[Site, ...]  # the first site of each module
     pieces: tuple[tuple[int, int], ...]  # of each: which stack, and which row of it
-    indices: Mapping[str, Tensor]
+    indices: Mapping[str, Index]
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,13 @@ class Emitted:
 
     prologue: fx.GraphModule
     inputs: tuple[str, ...]  # names of the blocks that the prologue takes, in order
-    indices: tuple[Tensor, ...]  # and behind them these
+    indices: tuple[Index, ...]  # and behind them these
     sets: tuple[SetCall, ...]
 
-    def to(self, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]:
+    def on(self, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]:
         """The indices of the prologue and of the sets, on a device."""
-        of_sets = (
-            dict(zip(call.indices, (i.to(device) for i in call.indices.values()), strict=True)) for call in self.sets
-        )
-        return tuple(index.to(device) for index in self.indices), tuple(of_sets)
+        of_sets = ({name: index.on(device) for name, index in call.indices.items()} for call in self.sets)
+        return tuple(index.on(device) for index in self.indices), tuple(of_sets)
 
     def listings(self) -> Iterator[tuple[str, str]]:
         """The text of every function, with what it is for."""
@@ -78,14 +78,14 @@ def emit(plan: Plan) -> Emitted:
         alike[_signature(plan, each)].append(each)
     calls = [call for sets in alike.values() for call in _kind(plan, prologue, sets)]
     code = prologue.finish()
-    indices = tuple(torch.from_numpy(index) for _, index in prologue.indices.values())
+    indices = tuple(index for _, index in prologue.indices.values())
     return Emitted(code, tuple(prologue.inputs), indices, tuple(calls))
 
 
-def taken(term: Term) -> dict[str, Tensor]:
+def taken(term: Term) -> dict[str, Index]:
     """What a product takes of the base weight, where masks cut an axis."""
     return {
-        f"take{number}_{axis}_": torch.tensor(list(positions))
+        f"take{number}_{axis}_": Index.of(np.array(positions))
         for number, operand in enumerate(term.operands)
         if operand.is_base
         for axis, positions in enumerate(operand.take)
@@ -144,7 +144,7 @@ class _Given:
         self.stacks: list[tuple[int, tuple[int, ...]]] = []  # of each piece: its stack, and the row of each set
         self.trainable: list[bool] = []
         self.pieces: list[list[int]] = []  # of each strand
-        self.indices: dict[str, Tensor] = {}
+        self.indices: dict[str, Index] = {}
         self._first: dict[int, Part] = {}  # of each strand that shares its first link
         dropout = dict(plan.network.spec.dropout)
         for at, bundle in enumerate(sets[0].bundles):
@@ -169,13 +169,13 @@ class _Given:
                     assert part is not None
                     self._first[number] = part
         if term.columns is not None:
-            self.indices[f"columns{number}"] = torch.from_numpy(term.columns)
+            self.indices[f"columns{number}"] = Index.of(term.columns)
         for name, positions in taken(term).items():
             self.indices[f"{name}{number}"] = positions
         if term.rows is not None:
             for member, site in enumerate(bundles[0]):
                 rows = group.sites[site].row_indices()[term.rows]
-                self.indices[f"rows{number}_{member}"] = torch.from_numpy(rows)
+                self.indices[f"rows{number}_{member}"] = Index.of(rows)
 
     def _piece(self, parts: Sequence[Part], trainable: bool) -> int:
         self.stacks.append(self.prologue.stack(parts))

@@ -19,6 +19,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from tensorpeft.emission import ops
+from tensorpeft.emission.index import Index
 from tensorpeft.emission.strand import Piece
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.network import Block, Group, Operand, Term
@@ -50,7 +51,7 @@ class PrologueCode:
         self.dtype = self.graph.placeholder("dtype")
         names = [block.name for block in plan.network.blocks]  # numbered: fx takes `G` and `g` for one name
         self.inputs = {name: self.graph.placeholder(f"block{n}_{name}") for n, name in enumerate(names)}
-        self.indices: dict[object, tuple[fx.Node, np.ndarray]] = {}  # constants that it is given behind the blocks
+        self.indices: dict[object, tuple[fx.Node, Index]] = {}  # that it is given behind the blocks
         self._stacks: dict[tuple[object, ...], int] = {}
         self._outputs: list[fx.Node] = []
         self._calls: dict[tuple[object, ...], fx.Node] = {}
@@ -121,14 +122,13 @@ class PrologueCode:
         return self._selected(node, 0, tuple(rows))
 
     def _selected(self, node: fx.Node, axis: int, positions: Rows) -> fx.Node:
-        return self._call("index_select", node, axis, self._index(positions, lambda: np.array(positions)))
+        return self._call("index_select", node, axis, self._index(positions, lambda: Index.of(np.array(positions))))
 
-    def _index(self, key: object, positions: Callable[[], np.ndarray]) -> fx.Node:
-        """A constant index, which the prologue is given: made there, it would come from the host at every call."""
+    def _index(self, key: object, index: Callable[[], Index]) -> fx.Node:
         if key not in self.indices:
             inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
             with self.graph.inserting_after(inputs[-1]):
-                self.indices[key] = self.graph.placeholder(f"index{len(self.indices)}"), positions()
+                self.indices[key] = self.graph.placeholder(f"index{len(self.indices)}"), index()
         return self.indices[key][0]
 
     # Factors
@@ -166,7 +166,8 @@ class PrologueCode:
     def _scattered(self, node: fx.Node, block: Block) -> fx.Node:
         """A block of which entries are kept, with zeros where there are none: its backward is one gathering."""
         shape = (len(block.keys), *(axis.size for axis in block.free_axes))
-        return self._call(ops.scatter, node, self._index(block.name, lambda: block.positions), shape)
+        index = self._index(block.name, lambda: Index(block.count, lambda: block.positions))
+        return self._call(ops.scatter, node, index, shape)
 
     def _at_key(self, node: fx.Node, block: Block, key: Key) -> fx.Node:
         """What one key holds, over the free axes."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -276,6 +276,17 @@ class Adapter(nn.Module):
         self._codes = Codes(self.plan, adapts=self.adapts)
         self.apart = Apart(self)
         self.forget()
+        self._place()
+
+    def _place(self) -> None:
+        """Put the constants of the code where the factors are: not in a forward, which a compiler may follow."""
+        for factor in self.factors.tensors()[:1]:
+            self._codes.main.indices(factor.device)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
+        super()._apply(fn, recurse)
+        self._place()
+        return self
 
     def __getstate__(self) -> dict[str, Any]:
         left_out = ("_codes", "_runs", "apart")

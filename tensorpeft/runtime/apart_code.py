@@ -55,7 +55,7 @@ class ApartCode:
         self.code: fx.GraphModule = code.finish()
         self.inputs, self.indices = (
             tuple(code.inputs),
-            tuple(torch.from_numpy(index) for _, index in code.indices.values()),
+            tuple(index for _, index in code.indices.values()),
         )
 
     @property
@@ -67,7 +67,7 @@ class ApartCode:
         """The tensors for factors by the names of their blocks; autograd records how they come about."""
         given = tuple(factors[name] for name in self.inputs)
         device = given[0].device
-        indices = tuple(index.to(device) for index in self.indices)
+        indices = tuple(index.on(device) for index in self.indices)
         found = prologue.stacked(self.code, dtype, device, given, indices)
         for term, each, stacks in zip(self.group.terms, self.chains, self.stacks, strict=True):
             tensors = tuple(_at_sites(found[stack], of_site) for stack, of_site in stacks)

@@ -32,7 +32,7 @@ class Compiled:
     def indices(self, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]:
         """The constant indices of the prologue and of the input sets, on a device."""
         if device not in self._placed:
-            self._placed[device] = self.code.to(device)
+            self._placed[device] = self.code.on(device)
         return self._placed[device]
 
     def stacks(self, factors: Factors, dtype: torch.dtype, device: torch.device) -> Stacks:

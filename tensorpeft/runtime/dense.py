@@ -48,7 +48,7 @@ class GroupUpdates:
         ]
         factors = tuple(self.adapter.factors[name] for name in code.inputs)
         device = factors[0].device
-        indices = tuple(torch.from_numpy(index).to(device) for _, index in code.indices.values())
+        indices = tuple(index.on(device) for _, index in code.indices.values())
         rows = prologue.recorded(code.finish(), factors[0].dtype, device, factors, indices).rows
         return [[None if found is None else (rows[found[0]], found[1]) for found in each] for each in stacks]
 
@@ -60,7 +60,7 @@ class GroupUpdates:
             like = self.adapter.factors[self.adapter.network.blocks[0].name]
             tensors = [self._weight(site, like) if p is None else p[0][p[1][number]] for p in pieces]
             given = {f"p{n}": tensor for n, tensor in enumerate(tensors)}
-            given |= {name: index.to(like.device) for name, index in taken(term).items()}
+            given |= {name: index.on(like.device) for name, index in taken(term).items()}
             if self.task is not None:
                 given["ids"] = torch.tensor([self.task], device=like.device)
             update = code.forward(*(given[node.name] for node in code.graph.nodes if node.op == "placeholder"))

@@ -37,6 +37,10 @@ class Factors(nn.Module):
         assert isinstance(tensor, Tensor)
         return tensor
 
+    def tensors(self) -> list[Tensor]:
+        """All of them, trained and frozen."""
+        return [*self.parameters(), *self.buffers()]
+
     def fill(self, block: Block, seed: int) -> None:
         """Set a block to its initial values, if they do not come from the base weight."""
         if not block.data_dependent:

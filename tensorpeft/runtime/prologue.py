@@ -6,6 +6,7 @@ every module (``FlopCounterMode``'s, say) have nothing to find in it.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,7 +64,8 @@ def is_traced() -> bool:
 
 def stacked(code: Any, dtype: torch.dtype, device: torch.device, factors: Any, indices: Any) -> tuple[Tensor, ...]:
     """The stacks as they are, (rows, ...) each."""
-    with torch.autocast(factors[0].device.type, enabled=False):
+    kind = factors[0].device.type
+    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         return tuple(stack.to(device) for stack in code.forward(dtype, *factors, *indices))
 
 

@@ -60,12 +60,33 @@ class _Roles:
     summed: Modes
 
 
+class Sizes(dict[str, "int | fx.Node"]):
+    """The sizes of modes; it remembers which of a strand's were asked for."""
+
+    def __init__(self, known: Mapping[str, int | fx.Node]) -> None:
+        super().__init__(known)
+        self.read: dict[tuple[int, str], int] = {}  # by the number of the strand
+        self._of_strand: dict[str, int] = {}
+
+    def use(self, number: int, sizes: Iterable[tuple[str, int]]) -> None:
+        """Let modes have a strand's sizes."""
+        for mode, size in sizes:
+            self[mode] = size
+            self._of_strand[mode] = number
+
+    def __getitem__(self, mode: str) -> int | fx.Node:
+        size = super().__getitem__(mode)
+        if mode in self._of_strand and isinstance(size, int):
+            self.read[self._of_strand[mode], mode] = size
+        return size
+
+
 class Code:
     """A graph under construction, with the sizes of its modes."""
 
     def __init__(self, sizes: Mapping[str, int | fx.Node] | None = None) -> None:
         self.graph = fx.Graph()
-        self.sizes = dict(sizes or {})
+        self.sizes = Sizes(sizes or {})
         self.tokens: tuple[fx.Node, int] | None = None  # a tensor, and its axis that tells how many there are
         self._views: dict[tuple[object, ...], fx.Node] = {}
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from functools import cache, cached_property, lru_cache
+from collections.abc import Callable, Hashable
+from functools import cache, cached_property, lru_cache, partial
+from typing import Any, TypeVar
 
 from tensorpeft.emission.set_code import SetCode
 from tensorpeft.emission.set_graph import Function
 from tensorpeft.emission.set_kind import SetKind
+
+Made = TypeVar("Made", SetCode, Function)
 
 
 class SetProgram:
@@ -14,23 +18,50 @@ class SetProgram:
 
     def __init__(self, kind: SetKind) -> None:
         self.kind = kind
-        self._code = SetCode(kind)
+        self._code = _shared(kind, "forward", SetCode)
         self.forward = self._code.forward
-        self.new_landings = tuple(self._code.landing(n, in_place=False) for n in range(len(kind.modules)))
-        self.backward = cache(self._code.backward)
+        self.new_landings = self._landings(in_place=False)
+        self.backward = cache(self._backward)
 
     @cached_property
     def landings(self) -> tuple[Function, ...]:
         """Of each module: its updates added in the memory of its output. ``new_landings`` leave the output as it is."""
-        return tuple(self._code.landing(n, in_place=True) for n in range(len(self.kind.modules)))
+        return self._landings(in_place=True)
 
     @property
     def whole(self) -> Function:
         """The backward pass from all modules to everything."""
         return self.backward(frozenset(range(len(self.kind.modules))), to_x=True, to_pieces=True)
 
+    def _landings(self, *, in_place: bool) -> tuple[Function, ...]:
+        def landing(module: int) -> Function:
+            make = partial(self._code.landing, module=module, in_place=in_place)
+            return _shared(self.kind, (self._code, module, in_place), make)
+
+        return tuple(landing(module) for module in range(len(self.kind.modules)))
+
+    def _backward(self, present: frozenset[int], *, to_x: bool, to_pieces: bool) -> Function:
+        make = partial(self._code.backward, present=present, to_x=to_x, to_pieces=to_pieces)
+        return _shared(self.kind, (self._code, present, to_x, to_pieces), make)
+
 
 @lru_cache(maxsize=1024)
 def program(kind: SetKind) -> SetProgram:
     """Adapters of the same spec share their programs: a compiled model need not be compiled again for another of them."""
     return SetProgram(kind)
+
+
+def _shared(kind: SetKind, what: Hashable, make: Callable[[SetKind], Made]) -> Made:
+    """What was made of a kind that differs in nothing but sizes that are not in its code; else it is made of this one."""
+    alike = _made(kind.outline, what)
+    for found in alike:
+        if found.read.items() <= kind.sizes.items():
+            return found
+    alike.append(make(kind))
+    return alike[-1]
+
+
+@lru_cache(maxsize=4096)
+def _made(outline: SetKind, what: Hashable) -> list[Any]:
+    """What was made of kinds of an outline."""
+    return []

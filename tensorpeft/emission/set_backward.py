@@ -9,7 +9,7 @@ from torch import fx
 from tensorpeft.emission import ops
 from tensorpeft.emission.named import Named
 from tensorpeft.emission.set_graph import HEAD, INPUT, Function, SetGraph, rows_of
-from tensorpeft.emission.set_kind import Head, Place
+from tensorpeft.emission.set_kind import Head, Place, SetKind
 from tensorpeft.emission.strand import Strand
 from tensorpeft.emission.strand_code import Run, Slot, StrandCode
 
@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 class Backward:
     """The backward pass of an input set, in one graph."""
 
-    def __init__(self, forward: SetCode, present: frozenset[int], *, to_x: bool, to_pieces: bool) -> None:
-        self.forward, self.kind = forward, forward.kind
+    def __init__(
+        self, forward: SetCode, kind: SetKind, present: frozenset[int], *, to_x: bool, to_pieces: bool
+    ) -> None:
+        self.forward, self.kind = forward, kind
         self.to_x, self.to_pieces = to_x, to_pieces
         self.graph = SetGraph(self.kind)
         self.code = self.graph.code

@@ -11,6 +11,7 @@ Tensors have names, by which the three find each other's: x, y, what is given (`
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from operator import getitem
 
@@ -27,7 +28,7 @@ from tensorpeft.planning.paths import TOKEN
 
 
 class SetCode:
-    """The functions of a kind of input set."""
+    """The functions of kinds of input sets that differ in nothing but sizes that are not in the forward pass."""
 
     def __init__(self, kind: SetKind) -> None:
         self.kind = kind
@@ -39,6 +40,11 @@ class SetCode:
         self._forward()
         self._name_exports()
         self.forward = self.graph.finish(tuple(self.exported), tuple(self.exported.values()), "Forward")
+
+    @property
+    def read(self) -> Mapping[tuple[int, str], int]:
+        """Which sizes of strands are in the forward pass."""
+        return self.forward.read
 
     # Forward
 
@@ -99,11 +105,11 @@ class SetCode:
 
     # Landing
 
-    def landing(self, module: int, *, in_place: bool) -> Function:
+    def landing(self, kind: SetKind, module: int, *, in_place: bool) -> Function:
         """Add the updates of a module's sites to its output."""
-        graph = SetGraph(self.kind)
-        y, lead = graph.flat("y", self.kind.d_out[module])
-        for place in self.kind.modules[module]:
+        graph = SetGraph(kind)
+        y, lead = graph.flat("y", kind.d_out[module])
+        for place in kind.modules[module]:
             for number in place.strands:
                 y = self._land(graph, y, lead, place, number, in_place=in_place)
         whole = graph.take("y")
@@ -116,7 +122,7 @@ class SetCode:
     def _land(
         self, graph: SetGraph, y: fx.Node, lead: tuple[Modes, ...], place: Place, number: int, *, in_place: bool
     ) -> fx.Node:
-        strand, code, rows = self.kind.strands[number], graph.code, place.rows
+        strand, code, rows = graph.kind.strands[number], graph.code, place.rows
         emitted = graph.strand(number)
         emitted.use()
         last = len(strand.met) - 1
@@ -136,7 +142,7 @@ class SetCode:
         self, graph: SetGraph, y: fx.Node, update: fx.Node, number: int, place: Place, *, in_place: bool
     ) -> fx.Node:
         rows = place.rows
-        if self.kind.strands[number].kept:
+        if graph.kind.strands[number].kept:
             index = graph.take(f"rows{number}_{place.member}")
             return graph.code.call("index_add_" if in_place else "index_add", y, -1, index, update)
         if rows is None:
@@ -146,7 +152,7 @@ class SetCode:
 
     # Backward
 
-    def backward(self, present: frozenset[int], *, to_x: bool, to_pieces: bool) -> Function:
+    def backward(self, kind: SetKind, present: frozenset[int], *, to_x: bool, to_pieces: bool) -> Function:
         """From the gradients of the modules in ``present`` to that of x, and to those of the pieces."""
-        back = Backward(self, present, to_x=to_x, to_pieces=to_pieces)
+        back = Backward(self, kind, present, to_x=to_x, to_pieces=to_pieces)
         return back.function()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
@@ -19,11 +20,12 @@ HEAD, INPUT = "<head>", "<input>"  # all columns of a head's result; all feature
 
 @dataclass(frozen=True)
 class Function:
-    """An emitted function: the names of what it takes, and of what it returns."""
+    """An emitted function: the names of what it takes, and of what it returns; and which sizes of strands are in its code."""
 
     code: fx.GraphModule
     takes: tuple[str, ...]
-    returns: tuple[str, ...] = ()
+    returns: tuple[str, ...]
+    read: Mapping[tuple[int, str], int]
 
 
 class SetGraph:
@@ -60,6 +62,7 @@ class SetGraph:
         given = Given(
             piece,
             index=lambda what: self.take(f"{what}{number}"),
+            number=number,
             ids=self.take("ids") if self.kind.by_task else None,
             training=self.take("training") if any(met.dropout for met in pieces.met) else None,
             into=into if gradients else None,
@@ -68,7 +71,8 @@ class SetGraph:
 
     def finish(self, outputs: Argument, returns: tuple[str, ...], name: str) -> Function:
         self.code.graph.output(outputs)
-        return Function(fx.GraphModule({}, self.code.graph, name), tuple(self.takes), returns)
+        code = fx.GraphModule({}, self.code.graph, name)
+        return Function(code, tuple(self.takes), returns, self.code.sizes.read)
 
 
 def rows_of(graph: SetGraph, y: Named, rows: Rows | None) -> Named | None:

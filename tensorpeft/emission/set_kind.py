@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 from tensorpeft.emission.strand import Strand
 from tensorpeft.network.shapes import Rows
@@ -41,6 +42,16 @@ class SetKind:
     d_in: int
     d_out: tuple[int, ...]  # of the modules
     dropout: float  # of the input
+
+    @cached_property
+    def sizes(self) -> dict[tuple[int, str], int]:
+        """Of the strands' modes, by the number of the strand."""
+        return {(number, mode): size for number, strand in enumerate(self.strands) for mode, size in strand.sizes}
+
+    @cached_property
+    def outline(self) -> SetKind:
+        """All of it but those."""
+        return replace(self, strands=tuple(replace(strand, sizes=()) for strand in self.strands))
 
     @property
     def by_task(self) -> bool:

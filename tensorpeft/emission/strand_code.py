@@ -25,6 +25,7 @@ class Given:
     index: Callable[
         [str], fx.Node
     ]  # of ``columns``, which it reads, and ``kept``, the rows of the site that it changes
+    number: int = 0  # of the strand
     ids: fx.Node | None = None  # the task of each row
     training: fx.Node | None = None
     into: Callable[[int], fx.Node] | None = None  # where the gradient of a piece is added up
@@ -80,7 +81,7 @@ class StrandCode:
 
     def use(self) -> None:
         """Let the graph's modes have this strand's sizes."""
-        self.code.sizes.update(self.strand.sizes)
+        self.code.sizes.use(self.given.number, self.strand.sizes)
         if self.given.ids is not None:
             self.code.sizes[ROW] = self.code.once("size", self.given.ids, 0)
 

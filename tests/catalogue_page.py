@@ -74,7 +74,7 @@ def counts() -> str:
     for row in published.ROWS:
         matrices = row["matrices"] if isinstance(row["matrices"], str) else ", ".join(row["matrices"])
         setting = "; ".join(f"{key} {row[key]}" for key in ("rank", "tt_rank", "tasks") if key in row)
-        plus = " + LoRA of the classifier's dense" if "plus" in row else ""
+        plus = f" + {row['plus']}" if "plus" in row else ""
         ours = published.counted(row)
         told = (row["method"], row["model"], matrices + plus, setting, row["kind"])
         rows.append((*told, str(row.get("published", "")), row["count"], ours, row.get("note", "")))

@@ -60,14 +60,35 @@ SHAPES: dict[tuple[str, str], dict[str, Any]] = {  # a method's own shapes for a
 }
 
 
+BESIDE: dict[
+    str, tuple[str, dict[str, Any]]
+] = {  # of rows that count RoBERTa's classifier too: what they are a spec of
+    "lorta": ("lorta_lora", {}),
+    "loretta-rep": (  # in place of its dense weight stands a tensor train
+        "loretta_rep",
+        {
+            "matrices": ["query", "value", "classifier.dense"],
+            "update": {
+                "*": str(load_spec("loretta_rep").update),
+                "classifier.dense": (
+                    "C1[o1, e] * C2[e, o2, f] * C3[f, o3, g] * D3[g, i3, c] * D2[c, i2, b] * D1[b, i1] - W[d_out, d_in]"
+                ),
+            },
+            "train": ["norms", "classifier.dense.bias"],
+        },
+    ),
+}
+
+
 def described(row: Row) -> str:
     return "-".join(str(row[key]) for key in ("method", "model", "rank", "kind", "count") if key in row)
 
 
 def spec_of(row: Row) -> Spec:
     """The spec that a row counts."""
-    if "plus" in row:  # LoRA on the classifier beside it
-        return load_spec("lorta_lora", rank=row["rank"])
+    if "plus" in row:
+        name, more = BESIDE[row["method"]]
+        return load_spec(name, rank=row["rank"], **more)
     matrices = row["matrices"]
     overrides: dict[str, Any] = {"matrices": _WORDED[matrices] if isinstance(matrices, str) else matrices}
     if (row["method"], row["model"]) in SHAPES:
@@ -80,8 +101,9 @@ def spec_of(row: Row) -> Spec:
 
 def counted(row: Row) -> int:
     """What we count for a row."""
-    found: int = getattr(cost(row), row["kind"])
-    return found
+    found, kind = cost(row), row["kind"]
+    counts = {"trainable": found.trainable, "stored": found.stored, "with the base's": found.trainable + found.extra}
+    return counts[kind]
 
 
 def cost(row: Row) -> Report:

@@ -166,11 +166,12 @@ class Report(Page):
         return Table(("total", "number", "remark"), tuple(rows))
 
     def _memory(self) -> Table:
+        apart = "dropout, and what is trained of the base, apart" if self.extra else "dropout apart"
         told = {
             "factors": "all of them, in float32",
             "gradients": "of what is trained, in float32",
             "optimizer": "AdamW's two numbers for each trained one, in float32",
-            "kept_per_token": f"of activations for the backward pass, {self.number_bytes} bytes a number; dropout apart",
+            "kept_per_token": f"of activations for the backward pass, {self.number_bytes} bytes a number; {apart}",
             "checkpoint": "on disk, in float32",
         }
         rows = tuple(

@@ -11,7 +11,7 @@ from torch import Tensor
 import tensorpeft as tp
 from tests.models import enliven, inputs
 from tests.runtime.naive_tensors import FORMULAS, Matrix
-from tests.runtime.test_oracle import by_adapter, by_formula, errors, measured, named_factors
+from tests.runtime.test_oracle import by_adapter, by_formula, errors, measured, named_factors, with_extras
 from tests.structures import model
 
 ATTENTION = ["query", "key", "value", "out"]
@@ -56,7 +56,9 @@ def test_equals_the_formula(name: str, architecture: str, overrides: dict[str, o
     dense = formula(adapter, leaves)
     for path, change in dense.items():
         assert (adapter.delta(path) - change).norm() <= 1e-12 * change.norm(), path
-    with adapter.disabled(), by_formula(base, dense):
-        truth = measured(base, x, leaves)
+    twin = model(architecture)
+    extras = with_extras(adapter, twin)
+    with by_formula(twin, dense):
+        truth = measured(twin, x, {**leaves, **extras})
     found = errors(by_adapter(base, adapter, x), truth)
     assert max(found.values()) <= 1e-12, found

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,8 @@ from tensorpeft.language.spec import Spec
 from tensorpeft.language.words import SCORED
 from tensorpeft.network.architecture import families
 from tensorpeft.network.families import model_shape
+from tensorpeft.network.lower import lower
+from tensorpeft.network.network import Network
 from tensorpeft.network.shapes import ModelShape
 from tensorpeft.reporting.catalogue import Method, Paper, catalogue
 from tensorpeft.reporting.table import Table
@@ -115,6 +118,15 @@ def without_scores(spec: Spec) -> Spec:
         replace(mask, rule=replace(mask.rule, name="keep")) if mask.rule.name in SCORED else mask for mask in spec.masks
     )
     return replace(spec, masks=masks, scores=None)
+
+
+def fitted(spec: Spec, *shapes: ModelShape) -> Network:
+    """The network of a spec on the first shape that it fits."""
+    *others, last = shapes
+    for shape in others:
+        with suppress(SpecError):
+            return lower(spec, shape)
+    return lower(spec, last)
 
 
 @cache

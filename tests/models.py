@@ -13,6 +13,8 @@ from transformers import (
     GPT2Model,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
     ViTConfig,
@@ -57,21 +59,37 @@ def roberta() -> nn.Module:
     return RobertaForSequenceClassification(config)
 
 
+def mixtral() -> nn.Module:
+    """Three experts in one parameter, all of which every token has: so that no rounding chooses others."""
+    config = MixtralConfig(
+        hidden_size=48,
+        num_hidden_layers=2,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=3,
+        vocab_size=50,
+        experts_implementation="eager",
+    )
+    return MixtralForCausalLM(config)
+
+
 ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {"llama": llama, "bert": bert, "gpt2": gpt2, "vit": vit}
-CLASSIFIERS: dict[str, Callable[[], nn.Module]] = {"roberta": roberta}
+OTHERS: dict[str, Callable[[], nn.Module]] = {"roberta": roberta, "mixtral": mixtral}  # each for what it alone has
 
 
 def build(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A model in evaluation mode (no dropout), its weights the same at every call."""
     torch.manual_seed(0)
-    return {**ARCHITECTURES, **CLASSIFIERS}[name]().to(dtype).eval()
+    return {**ARCHITECTURES, **OTHERS}[name]().to(dtype).eval()
 
 
 def widen_norms(model: nn.Module) -> nn.Module:
-    """Llama's own RMSNorm rounds to float32, in which a difference of 1e-16 can become one of 1e-8; torch's does not."""
+    """Llama's own RMSNorm, and Mixtral's, rounds to float32, in which a difference of 1e-16 can become one of 1e-8."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child).__name__ == "LlamaRMSNorm":
+            if type(child).__name__ in ("LlamaRMSNorm", "MixtralRMSNorm"):
                 norm = nn.RMSNorm(child.weight.shape[0], eps=child.variance_epsilon, dtype=child.weight.dtype)
                 norm.load_state_dict(child.state_dict())
                 setattr(module, name, norm.requires_grad_(False))
@@ -110,13 +128,20 @@ def randomise(adapter: nn.Module, std: float = 0.3, seed: int = 2) -> None:
         adapter.extras[path].copy_(base + moved)
 
 
+def weight_at(model: nn.Module, path: str) -> Tensor:
+    """The weight of a module, or a parameter, by its path."""
+    module, _, name = path.rpartition(".")
+    found = getattr(model.get_submodule(module), name)
+    return found.weight if isinstance(found, nn.Module) else found
+
+
 def enliven(adapter: nn.Module, seed: int = 2) -> None:
     """Random numbers at which an update is neither lost beside the weights nor drowns them."""
     if not adapter.sites:  # nothing is trained but parameters of the model
         randomise(adapter, seed=seed)
         return
-    path, task = adapter.sites[0].module, 0 if adapter.spec.tasks else None
-    weight = adapter.attachment.model.get_submodule(path).weight.float().norm()
+    path, task = adapter.sites[0].path, 0 if adapter.spec.tasks else None
+    weight = weight_at(adapter.attachment.model, path).float().norm()
     std = 0.3
     for _ in range(12):
         randomise(adapter, std, seed)

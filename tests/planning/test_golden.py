@@ -16,7 +16,7 @@ from tests.catalogue_page import without_scores
 from tests.models import build
 
 GOLDEN = Path(__file__).parent / "golden"
-MODELS = ("llama-2-7b", "gpt2", "vit-base", "roberta with a head")  # the first that a spec fits
+MODELS = ("llama-2-7b", "gpt2", "vit-base", "mixtral-8x7b", "roberta with a head")  # the first that a spec fits
 REGIMES = {
     "training": Regime(),
     "16 tokens, forward alone": Regime(16, gradients=False),

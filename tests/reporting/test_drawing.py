@@ -19,7 +19,7 @@ from tensorpeft.network.shapes import ModelShape
 from tensorpeft.reporting.drawing import drawing
 from tensorpeft.reporting.panels import columns, panels
 from tensorpeft.reporting.svg import CHARACTER
-from tests.catalogue_page import without_scores
+from tests.catalogue_page import fitted, without_scores
 from tests.published import CLASSIFIER
 from tests.structures import CASES, STRUCTURES, model
 
@@ -29,13 +29,14 @@ SPECS = {**STRUCTURES, **{name: name for name in method_paths()}}
 
 
 @cache
-def shape(name: str) -> ModelShape:
-    return shape_of(model(LONE[name])) if name in LONE else shape_of(CLASSIFIER)
+def shapes(name: str) -> tuple[ModelShape, ...]:
+    """Models of which a structure, or a shipped spec, fits one."""
+    return (shape_of(model(LONE[name])),) if name in LONE else (shape_of(CLASSIFIER), shape_of("mixtral-8x7b"))
 
 
 @cache
 def network(name: str) -> Network:
-    return lower(without_scores(load_spec(SPECS[name])), shape(name))
+    return fitted(without_scores(load_spec(SPECS[name])), *shapes(name))
 
 
 def drawn(name: str) -> ET.Element:

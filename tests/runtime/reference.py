@@ -217,14 +217,17 @@ def whole_tensors(adapter: tp.Adapter, tensors: dict[str, Tensor]) -> dict[str, 
 
 
 def updates(adapter: tp.Adapter, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """dW of every module, (d_out, d_in), or (tasks, d_out, d_in) where the spec has tasks."""
+    """dW of every module, (d_out, d_in), or (tasks, d_out, d_in); of a parameter with experts (experts, d_out, d_in)."""
     whole = whole_tensors(adapter, tensors)
     found: dict[str, Tensor] = {}
     for site in adapter.sites:
         change = site_update(adapter, whole, site)
         rows = change.new_zeros(*change.shape[:-2], site.module_d_out, site.d_in)
         rows = rows.index_add(-2, torch.from_numpy(site.row_indices()), change)
-        found[site.module] = found.get(site.module, 0) + rows
+        if site.kind == "parameter" and site.expert is not None:
+            numbers = len({other.expert for other in adapter.sites if other.path == site.path})
+            rows = torch.stack([rows if number == site.expert else torch.zeros_like(rows) for number in range(numbers)])
+        found[site.path] = found.get(site.path, 0) + rows
     return found
 
 

@@ -31,9 +31,11 @@ ARCHITECTURES = ("llama", "gpt2", "bert")  # grouped-query heads, fused Conv1D, 
 CASES = [
     *((name, architecture) for name in SPECS for architecture in ARCHITECTURES),
     ("lorta_lora", "roberta"),
+    ("shared_outer", "mixtral"),
 ]
 REFUSED: dict[tuple[str, str], str] = {
     **{("lorta_lora", architecture): "`classifier.dense` matches nothing in" for architecture in ARCHITECTURES},
+    **{("shared_outer", architecture): "`experts.gate` matches nothing in" for architecture in ARCHITECTURES},
     ("bitfit", "llama"): "`bias` is no parameter of LlamaForCausalLM",
 }
 FITTING = [case for case in CASES if case not in REFUSED]

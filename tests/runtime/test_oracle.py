@@ -50,15 +50,25 @@ def naive_updates(adapter: tp.Adapter, factors: dict[str, Tensor], dtype: torch.
 
 @contextlib.contextmanager
 def by_formula(model: nn.Module, updates: dict[str, Tensor]):
-    """The model with every adapted module computing W x + dW x, one dense matrix a module."""
-    modules = dict(model.named_modules())
+    """The model with every adapted module computing W x + dW x, one dense matrix a module, and parameters of W + dW."""
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     for path, change in updates.items():
-        modules[path].forward = dense_forward(type(modules[path]).forward.__get__(modules[path]), change)
+        if path in parameters:
+            holder, _, name = path.rpartition(".")
+            del modules[holder]._parameters[name]
+            setattr(modules[holder], name, parameters[path] + change)
+        else:
+            modules[path].forward = dense_forward(type(modules[path]).forward.__get__(modules[path]), change)
     try:
         yield
     finally:
         for path in updates:
-            del modules[path].forward
+            if path in parameters:
+                holder, _, name = path.rpartition(".")
+                delattr(modules[holder], name)
+                modules[holder].register_parameter(name, parameters[path])
+            else:
+                del modules[path].forward
 
 
 def dense_forward(base: Callable[[Tensor], Tensor], change: Tensor) -> Callable[[Tensor], Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,15 +20,24 @@ BY_EXPERT = (
 )
 
 
-def expert_deltas(is_interleaved: bool) -> Deltas:
+def by_expert(factors: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    """dW of gate, up and down in a layer, (experts, d_out, d_in)."""
+    gate, up = (
+        torch.einsum("eor,ri->eoi", factors["B_d_out12"][m, layer], factors["A_d_in16"][m, layer]) for m in (0, 1)
+    )
+    return gate, up, torch.einsum("eor,ri->eoi", factors["B_d_out16"][0, layer], factors["A_d_in12"][0, layer])
+
+
+def shared_outer(factors: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up = (torch.einsum("eor,ri->eoi", factors["B"][m, layer], factors["A"][layer]) for m in (0, 1))
+    return gate, up, torch.einsum("or,eri->eoi", factors["D"][layer], factors["C"][layer])
+
+
+def expert_deltas(is_interleaved: bool, of_layer: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Deltas:
     def deltas(factors: dict[str, Tensor], weights: dict[str, Tensor]) -> dict[str, Tensor]:
         found = {}
         for layer in range(2):
-            gate, up = (
-                torch.einsum("eor,ri->eoi", factors["B_d_out12"][m, layer], factors["A_d_in16"][m, layer])
-                for m in (0, 1)
-            )
-            down = torch.einsum("eor,ri->eoi", factors["B_d_out16"][0, layer], factors["A_d_in12"][0, layer])
+            gate, up, down = of_layer(factors, layer)
             both = torch.stack([gate, up], 2).flatten(1, 2) if is_interleaved else torch.cat([gate, up], 1)
             turned = (both.mT, down.mT) if is_interleaved else (both, down)
             found |= {
@@ -37,13 +48,16 @@ def expert_deltas(is_interleaved: bool) -> Deltas:
     return deltas
 
 
+@pytest.mark.parametrize(
+    ("spec", "of_layer"), [(BY_EXPERT, by_expert), ("shared_outer", shared_outer)], ids=["by expert", "shared_outer"]
+)
 @pytest.mark.parametrize("is_interleaved", [False, True], ids=["mixtral", "gpt-oss"])
-def test_experts_have_what_is_theirs_and_share_what_is_not(is_interleaved):
+def test_experts_have_what_is_theirs_and_share_what_is_not(is_interleaved, spec, of_layer):
     model = interleaved() if is_interleaved else mixture()
-    adapter = tp.attach(model, BY_EXPERT)
+    adapter = tp.attach(model, spec)
     assert len(adapter.sites) == 3 * 2 * 3
     assert adapter.delta(PATH.format(0, "gate_up_proj")).shape == (3, 24, 16)
-    hold(model, adapter, IDS, expert_deltas(is_interleaved))
+    hold(model, adapter, IDS, expert_deltas(is_interleaved, of_layer))
 
 
 @pytest.mark.parametrize("implementation", ["batched_mm", "grouped_mm"])

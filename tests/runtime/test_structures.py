@@ -37,7 +37,7 @@ def check(text: str, architecture: str, fill: Callable[[tp.Adapter], None] = RAN
     base, x = model(architecture), inputs(architecture)
     adapter = tp.attach(base, tp.load_spec(text))
     tasks = range(adapter.spec.tasks) if adapter.spec.tasks else (None,)
-    paths = dict.fromkeys(site.module for site in adapter.sites)
+    paths = dict.fromkeys(site.path for site in adapter.sites)
     assert any(adapter.delta(path, tasks[0]).any() for path in paths) == (adapter.spec.start == "nonzero")
     start = {name: value.clone() for name, value in base.state_dict().items()}
     fill(adapter)

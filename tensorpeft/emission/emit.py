@@ -32,6 +32,7 @@ class SetCall:
     """What happens at one input set: its program, and what that is given."""
 
     program: SetProgram
+    at: str  # from what to what it goes, as its groups say
     modules: tuple[Site, ...]  # the first site of each module
     pieces: tuple[tuple[int, int], ...]  # of each: which stack, and which row of it
     indices: Mapping[str, Index]
@@ -57,10 +58,14 @@ class Emitted:
         counts = Counter(call.program for call in self.sets)
         for call in {call.program: call for call in reversed(self.sets)}.values():
             modules = ", ".join(site.module for site in call.modules)
-            where = f"at {counts[call.program]} inputs like that of {modules}"
+            read, changed = (
+                ("output" if call.at == "output" else "input"),
+                ("input" if call.at == "input" else "output"),
+            )
+            where = f"at {counts[call.program]} {read}s like that of {modules}"
             yield f"{where}: what its sites have in common", listing("forward", call.program.forward.code)
             for function, site in zip(call.program.landings, call.modules, strict=True):
-                yield f"{where}: the output of {site.module}", listing("landing", function.code)
+                yield f"{where}: the {changed} of {site.module}", listing("landing", function.code)
             yield f"{where}: backward", listing("backward", call.program.whole.code)
 
 
@@ -126,11 +131,12 @@ def _kind(plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> list[SetC
         d_out=tuple(sites[0].module_d_out for sites in found.values()),
         dropout=dict(plan.network.spec.dropout).get("x", 0.0),
     )
+    at = plan.groups[sets[0].bundles[0].group].group.at
     calls = []
     for n, each in enumerate(sets):
         modules = tuple(sites[0] for sites in _modules(plan, each)[0].values())
         pieces = tuple((stack, rows[n]) for stack, rows in given.stacks)
-        calls.append(SetCall(program(kind), modules, pieces, given.indices))
+        calls.append(SetCall(program(kind), at, modules, pieces, given.indices))
     return calls
 
 

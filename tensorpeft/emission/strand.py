@@ -7,12 +7,12 @@ link is kept: the backward pass needs it for the link's gradient. Tensors that a
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from math import prod
 
 from tensorpeft.emission.named import Modes
 from tensorpeft.network.network import Operand, Term
 from tensorpeft.planning.chain import SITE, Link, differ
 from tensorpeft.planning.plan import GroupPlan
+from tensorpeft.planning.through import base_rows
 
 
 @dataclass(frozen=True)
@@ -132,8 +132,7 @@ def _pieces(plan: GroupPlan, term: Term, link: Link, *, last: bool) -> tuple[Pie
 def _factor(plan: GroupPlan, number: int, operand: Operand, *, several: bool) -> Piece:
     """A factor by itself, of a link that is built at the site."""
     if operand.is_base:
-        rows = operand.block.axes[0].size if operand.take[0] is None else len(operand.take[0])
-        first = next(n for n in range(len(operand.modes) + 1) if prod(operand.sizes[:n]) == rows)
+        first = base_rows(operand)
         axes = tuple((mode,) for mode in operand.modes)
         cut = tuple(some is not None for some in operand.take)
         return Piece((number,), axes, False, False, (operand.modes[:first], operand.modes[first:]), cut)

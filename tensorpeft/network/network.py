@@ -181,6 +181,11 @@ class Term:
     rows: np.ndarray | None = field(default=None, hash=False, compare=False)  # ascending; None: all of them
     columns: np.ndarray | None = field(default=None, hash=False, compare=False)
 
+    @property
+    def sides(self) -> tuple[str, ...]:
+        """The atoms of both sides; behind or ahead of W the two have some in common."""
+        return tuple(dict.fromkeys((*self.d_in, *self.d_out)))
+
     def size(self, modes: Iterable[str]) -> int:
         return prod(self.sizes[mode] for mode in modes)
 
@@ -192,6 +197,7 @@ class Group:
     sites: tuple[Site, ...]  # of one kind
     scale: float
     terms: tuple[Term, ...]
+    at: str = "site"  # from x to y; or "output": from W x to y; or "input": from x to x (``planning.through``)
 
     @property
     def kind(self) -> str:

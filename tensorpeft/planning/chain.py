@@ -107,7 +107,7 @@ def _link(
     after = (*lead, *site, *(features if last else (*features, *new)))
     sizes = {**term.sizes, TOKEN: tokens, "task": 1, SITE: 1}
     flops = prod(sizes[mode] for mode in {*before, *batch, *new}) * (2 if contracted else 1)
-    whole = term.size((*term.d_in, *term.d_out))
+    whole = term.size(term.sides)
     large = len(mine) > 1 and term.size((*batch, *contracted, *new)) >= whole
     at_site = not beforehand and (large or any(operand.is_base for operand in mine))
     site_modes: tuple[str, ...] = ()

@@ -29,6 +29,7 @@ from tensorpeft.planning.cost import Built, Cost, chain_cost, prologue_key
 from tensorpeft.planning.paths import TOKEN, activation, contract_path, orders
 from tensorpeft.planning.regime import Regime
 from tensorpeft.planning.sets import InputSet, bundles_of, input_sets
+from tensorpeft.planning.through import through_base
 
 __all__ = [
     "SITE",
@@ -79,8 +80,13 @@ class Plan:
     @property
     def order(self) -> tuple[object, ...]:
         """What of it the emitted code depends on; the regime's figures are not part of it."""
-        chains = [each for planned in self.groups for each in planned.chains]
-        return tuple(tuple((link.operands, link.path, link.at_site) for link in each.links) for each in chains)
+        chains = [(planned.group.at, each) for planned in self.groups for each in planned.chains]
+        return tuple((at, *((link.operands, link.path, link.at_site) for link in each.links)) for at, each in chains)
+
+    @property
+    def goes_through(self) -> bool:
+        """Whether some of it has what the base computes."""
+        return any(planned.group.at != "site" for planned in self.groups)
 
     @property
     def flops(self) -> int:
@@ -122,7 +128,8 @@ def _told(plan: GroupPlan) -> Iterator[str]:
 def _sites(plan: GroupPlan) -> str:
     sizes = Counter(map(len, plan.bundles))
     together = " and ".join(f"{n} times {size} with one input" for size, n in sorted(sizes.items()) if size > 1)
-    found = f"{len(plan.group.sites)} sites like {plan.group.sites[0]}"
+    at = {"site": "", "output": ", behind W", "input": ", ahead of W"}[plan.group.at]
+    found = f"{len(plan.group.sites)} sites like {plan.group.sites[0]}{at}"
     return f"{found}, {together}" if together else found
 
 
@@ -138,20 +145,27 @@ def _line(link: Link, term: Term) -> str:
     return f"{steps}  by {tensor} ({shape}): {', '.join(said)}"
 
 
-def plan(network: Network, regime: Regime = Regime()) -> Plan:
+def plan(network: Network, regime: Regime = Regime(), *, alone: bool = True) -> Plan:
     """The cheapest of the candidate orders for every product, over all sites of its group together.
 
     Without gradients no plan needs more FLOPs than opt_einsum's best path at each site by itself, or than dW itself.
+    An adapter that is ``alone`` on its model has what the base computes (``planning.through``).
     """
-    sets = input_sets(network)
+    whole = network.groups if not alone or network.spec.dropout else _through_base(network)
+    sets = input_sets(whole)
     built: Built = set()
     groups = tuple(
         _plan_group(group, bundles_of(sets, number), _dropped(network), regime, built)
         if group.kind == "linear"
         else _plan_apart(group, regime)
-        for number, group in enumerate(network.groups)
+        for number, group in enumerate(whole)
     )
     return Plan(network, regime, groups, sets)
+
+
+def _through_base(network: Network) -> tuple[Group, ...]:
+    parts = (through_base(group) if group.kind == "linear" else (group,) for group in network.groups)
+    return tuple(part for each in parts for part in each)
 
 
 def dense_plan(group: Group) -> GroupPlan:
@@ -201,6 +215,8 @@ def _bound(group: Group, term: Term, costs: list[Cost], regime: Regime) -> float
     x, factors = activation(term), [operand.modes for operand in term.operands]
     tasks = x[: x.index(TOKEN)]
     by_chain = contract_path([x, *factors], (*tasks, TOKEN, *term.d_out), sizes, few=7)[1]
+    if {*term.d_in} & {*term.d_out}:  # behind or ahead of W; there is no dW
+        return max(by_chain * len(group.sites), min(cost.flops for cost in costs))
     dense = contract_path(factors, (*tasks, *term.d_in, *term.d_out), sizes)[1] if len(factors) > 1 else 0
     by_matrix = dense + 2 * regime.tokens * term.size((*term.d_in, *term.d_out))
     return max(min(by_chain, by_matrix) * len(group.sites), min(cost.flops for cost in costs))

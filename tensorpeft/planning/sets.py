@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from tensorpeft.network.network import Network
+from tensorpeft.network.network import Group
 from tensorpeft.network.shapes import Site
 
 
@@ -24,18 +25,18 @@ class InputSet:
     bundles: tuple[Bundle, ...]
 
 
-def input_sets(network: Network) -> tuple[InputSet, ...]:
-    """The input sets of a network's linear modules, in the order of their first sites.
+def input_sets(groups: Iterable[Group]) -> tuple[InputSet, ...]:
+    """The input sets of linear modules, in the order of their first sites.
 
     A site whose update contains the base weight is a set of its own: nearly all of its work is on a tensor that it alone has.
     """
     found: dict[tuple[object, ...], dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
-    for number, group in enumerate(network.groups):
+    for number, group in enumerate(groups):
         if group.kind != "linear":
             continue
-        alone = any(operand.is_base for term in group.terms for operand in term.operands)
+        alone = group.at == "output" or any(operand.is_base for term in group.terms for operand in term.operands)
         for i, site in enumerate(group.sites):
-            key = (number, i) if alone else input_of(site)
+            key = (number, i) if alone else (group.at, *input_of(site))
             found[key][number].append(i)
     return tuple(
         InputSet(tuple(Bundle(number, tuple(sites)) for number, sites in by_group.items()))

@@ -26,7 +26,8 @@ def kept_per_token(plan: Plan) -> int:
             for product, (chain, term) in enumerate(zip(planned.chains, planned.group.terms, strict=True)):
                 sizes = {**term.sizes, TOKEN: 1, "task": 1, SITE: len(bundle.sites)}
                 whole = term.columns is None
-                common = {0: input_of(first), 1: (number, prologue_key(term, chain.links[0]))} if whole else {}
+                source = (planned.group.at == "output", *input_of(first))
+                common = {0: source, 1: (number, prologue_key(term, chain.links[0]))} if whole else {}
                 for at, link in enumerate(chain.links):
                     if link.trainable:
                         key = common.get(at, (number, bundle.group, product, at))

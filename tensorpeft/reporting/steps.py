@@ -17,7 +17,11 @@ from tensorpeft.planning.regime import Regime
 from tensorpeft.reporting.panels import sites_of, span_of
 from tensorpeft.reporting.table import Cell, Table
 
-OUTPUT = "y"  # of a site
+ENDS = {
+    "site": ("x", "y"),
+    "output": ("Wx", "y"),
+    "input": ("x", "x'"),
+}  # of a group: what it reads, and what it adds to
 Tensor = tuple[str, tuple[str, ...]]  # a name and its modes
 
 
@@ -53,7 +57,7 @@ class _Meter:
         every = dict.fromkeys((*left[1], *right[1]))
         flops = self._size(every) * (1 if every.keys() <= {*result[1]} else 2)
         moved = sum(self._size(modes) for _, modes in (left, right, result))
-        if result[0] == OUTPUT:  # it is added to the base's, which is read first
+        if result[0] == ENDS[self.group.at][1]:  # it is added to the base's, which is read first
             moved += self._size(result[1])
         return Step(
             sites=sites_of(self.group.sites),
@@ -124,13 +128,13 @@ def _activation(
 ) -> Iterator[Step]:
     """The activation meets link after link, at each of ``number`` inputs that so many sites read together."""
     meter = _Meter(plan.group, {**term.sizes, TOKEN: regime.tokens, "task": 1, SITE: together}, regime)
-    name = "x"
+    name, end = ENDS[plan.group.at]
     for at, link in enumerate(chain.links):
         last = at == len(chain.links) - 1
         own = (SITE,) if link.own and not last else ()
         source = name, tuple(mode for mode in link.before if not (last and mode == SITE))
         tensor = _name(term, link.operands), (*own, *link.modes)
-        result = OUTPUT if last else f"x{at + 1}", link.after
+        result = end if last else f"x{at + 1}", link.after
         runs = number * (together if last else 1)
         if link.flops:  # a row is looked up, and a weight replaced, without any
             yield meter.step(runs, source, tensor, result, passes=1 + link.trainable)

@@ -24,7 +24,7 @@ from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.hooks import Attachment
 from tensorpeft.runtime.set_run import SetRun
 from tensorpeft.runtime.spectral import fill_from_weights
-from tensorpeft.runtime.weights import base_weight
+from tensorpeft.runtime.weights import base_weight, product_of
 
 
 class Adapter(nn.Module):
@@ -44,7 +44,7 @@ class Adapter(nn.Module):
         self.factors = Factors(plan.network, dtype, device)
         self.extras = Extras(extra.path for extra in plan.network.extras)
         self.attachment: Attachment | None = None
-        self._enabled = True
+        self._enabled = self._alone = True
         self._ids: Tensor | None = None
         self._merged: merging.Merged | None = None
         self._emit()
@@ -61,13 +61,14 @@ class Adapter(nn.Module):
         return self.plan.network.spec
 
     @property
-    def places(self) -> dict[str, list[tuple[int, int]]]:
-        """Of every module that has a site: its input sets, by number, and which of their modules it is."""
-        found: dict[str, list[tuple[int, int]]] = {}
-        for number, call in enumerate(self._codes.main.code.sets):
-            for place, site in enumerate(call.modules):
-                found.setdefault(site.module, []).append((number, place))
-        return found
+    def input_modules(self) -> tuple[str, ...]:
+        """The modules to whose input something is added while the adapter is alone on its model."""
+        return tuple(self._codes.main.inputs)
+
+    @property
+    def product_modules(self) -> tuple[str, ...]:
+        """The modules of which it needs W x while it is alone on its model."""
+        return tuple(self._codes.main.products)
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -116,14 +117,19 @@ class Adapter(nn.Module):
         before, merged = self._enabled, self._merged
         if merged is not None:
             self.unmerge()
-        self._enabled = False
+        self._enable(False)
         try:
             with self.extras.swapped():
                 yield
         finally:
-            self._enabled = before
+            self._enable(before)
             if merged is not None:
                 self.merge(merged.task)
+
+    def _enable(self, enabled: bool) -> None:
+        self._enabled = enabled
+        if self.attachment is not None:
+            self.attachment.tell_who_is_alone()
 
     @contextmanager
     def tasks(self, ids: Tensor) -> Iterator[None]:  # shape: (batch,), integers
@@ -232,12 +238,32 @@ class Adapter(nn.Module):
         if prologue.is_traced():  # else they would be results of the compiled model
             self._codes.forget()
 
-    def update(self, number: int, place: int, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The output y (..., d_out) of a module for the input x (..., d_in), with the update of its sites added.
+    def set_alone(self, alone: bool) -> None:
+        """Say whether no other adapter is at work on the model, so that what its linear modules compute is W x + bias."""
+        if alone != self._alone:
+            self._alone = alone
+            self._codes.set_alone(alone)
+            self.forget()
 
-        ``number`` is that of an input set, ``place`` that of the module in it.
-        """
+    def update(self, path: str, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The output y (..., d_out) of the module at a path for its input x (..., d_in), with the updates of its sites added."""
         compiled = self._codes.code_for(x, y)
+        for number, place in compiled.outputs.get(path, ()):
+            call = compiled.code.sets[number]
+            source = x if call.at == "site" else product_of(module, call.modules[place], y)
+            y = self._land(compiled, number, place, module, source, y)
+        return y
+
+    def update_input(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
+        """The input x (..., d_in) of the module at a path, with the updates added that go through its weight."""
+        compiled = self._codes.code_for(x, x)
+        changed = x
+        for number, place in compiled.inputs.get(path, ()):
+            changed = self._land(compiled, number, place, module, x, x.clone() if changed is x else changed)
+        return changed
+
+    def _land(self, compiled: Compiled, number: int, place: int, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Of one input set, at x: the update of one of its modules added to y."""
         stacks = compiled.stacks(self.factors, y.dtype, y.device)
         run = self._runs.pop(number, None)
         if run is None or not run.fits(place, x, stacks):
@@ -274,6 +300,7 @@ class Adapter(nn.Module):
 
     def _emit(self) -> None:
         self._codes = Codes(self.plan, adapts=self.adapts)
+        self._codes.set_alone(self._alone)
         self.apart = Apart(self)
         self.forget()
         self._place()

@@ -15,15 +15,32 @@ from tensorpeft.runtime import prologue
 from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.prologue import Stacks
 
+Places = dict[str, tuple[tuple[int, int], ...]]  # of a module: its input sets, and which of their modules it is
+
 
 class Compiled:
-    """The code of a plan, its constants on each device, and the prologue's results for the factors as they are."""
+    """The code of a plan, its constants on each device, and the prologue's results for the factors as they are.
+
+    ``outputs`` are the modules to whose output an update is added, what starts there (``products``) first;
+    ``inputs`` those to whose input.
+    """
 
     def __init__(self, planned: Plan) -> None:
         self.order = planned.order
         self.code = emit(planned)
+        self.outputs = self._places("output", "site")
+        self.products = self._places("output")
+        self.inputs = self._places("input")
         self._placed: dict[torch.device, tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]] = {}
         self.forget()
+
+    def _places(self, *kinds: str) -> Places:
+        found: dict[str, list[tuple[int, int]]] = {}
+        for kind in kinds:
+            for number, call in enumerate(self.code.sets):
+                for place, site in enumerate(call.modules if call.at == kind else ()):
+                    found.setdefault(site.module, []).append((number, place))
+        return {path: tuple(places) for path, places in found.items()}
 
     def forget(self) -> None:
         """Drop the prologue's results."""
@@ -59,9 +76,13 @@ class Codes:
 
     def __init__(self, planned: Plan, *, adapts: bool) -> None:
         self.main = Compiled(planned)
-        self._regime, self._network = planned.regime, planned.network
-        self._adapts = adapts
-        self._by_regime: dict[Regime, Compiled] = {planned.regime: self.main}
+        self._plan, self._adapts, self._alone = planned, adapts, True
+        self._made: dict[tuple[Regime, bool], Compiled] = {(planned.regime, True): self.main}
+
+    def set_alone(self, alone: bool) -> None:
+        """Say whether the adapter is alone on its model."""
+        self._alone = alone or not self._plan.goes_through
+        self._code(self._plan.regime)
 
     def code_for(self, x: Tensor, y: Tensor) -> Compiled:
         """The code for an input: as planned for about as many tokens, with or without gradients, and numbers of this size.
@@ -69,20 +90,22 @@ class Codes:
         A compiler that follows what is done gets the adapter's own plan, for any input.
         """
         if not self._adapts or prologue.is_traced():
-            return self.main
+            return self._code(self._plan.regime)
         tokens = x.numel() // max(1, x.shape[-1])
-        regime = self._regime.near(tokens, gradients=torch.is_grad_enabled(), number_bytes=y.dtype.itemsize)
-        if regime not in self._by_regime:
-            self._by_regime[regime] = self._made(plan(self._network, regime))
-        return self._by_regime[regime]
+        near = self._plan.regime.near(tokens, gradients=torch.is_grad_enabled(), number_bytes=y.dtype.itemsize)
+        return self._code(near)
 
-    def _made(self, planned: Plan) -> Compiled:
-        same = (made for made in self._by_regime.values() if made.order == planned.order)
-        return next(same, None) or Compiled(planned)
+    def _code(self, regime: Regime) -> Compiled:
+        use = regime, self._alone
+        if use not in self._made:
+            planned = plan(self._plan.network, regime, alone=self._alone)
+            same = (made for made in self._made.values() if made.order == planned.order)
+            self._made[use] = next(same, None) or Compiled(planned)
+        return self._made[use]
 
     def forget(self) -> None:
         """Drop all results on factors alone."""
-        for compiled in self._by_regime.values():
+        for compiled in self._made.values():
             compiled.forget()
 
 

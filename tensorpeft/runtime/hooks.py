@@ -17,18 +17,32 @@ PREFIX = "tensorpeft_"  # of the adapter's name among the model's submodules
 
 
 class SiteHook:
-    """Adds an adapter's update to the output of one module, for each input set that has sites in it."""
+    """Adds an adapter's updates to the output of one linear module."""
 
-    def __init__(self, adapter: Adapter, places: list[tuple[int, int]]) -> None:
+    def __init__(self, adapter: Adapter, path: str) -> None:
         self.adapter = adapter
-        self.places = places
+        self.path = path
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
-        if self.adapter.enabled:
-            x = args[0] if args else next(iter(named.values()))
-            for number, place in self.places:
-                output = self.adapter.update(number, place, module, x, output)
-        return output
+        if not self.adapter.enabled:
+            return output
+        return self.adapter.update(self.path, module, args[0] if args else next(iter(named.values())), output)
+
+
+class InputHook:
+    """Adds an adapter's updates to the input of one linear module, where they go through its weight."""
+
+    def __init__(self, adapter: Adapter, path: str) -> None:
+        self.adapter = adapter
+        self.path = path
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if not self.adapter.enabled:
+            return None
+        if args:
+            return (self.adapter.update_input(self.path, module, args[0]), *args[1:]), named
+        (name, x), *others = named.items()
+        return args, {name: self.adapter.update_input(self.path, module, x), **dict(others)}
 
 
 class PairHook:
@@ -108,9 +122,12 @@ class Attachment:
             self._refuse_shared()
             self.adapter.extras.attach(self.model, values)
             modules = dict(self.model.named_modules())
-            for path, places in self.adapter.places.items():
-                hook = SiteHook(self.adapter, places)
+            for path in dict.fromkeys(site.module for site in self.adapter.sites if site.kind == "linear"):
+                hook = SiteHook(self.adapter, path)
                 self.handles.append(modules[path].register_forward_hook(hook, with_kwargs=True))
+            for path in self.adapter.input_modules:
+                ahead = InputHook(self.adapter, path)
+                self.handles.append(modules[path].register_forward_pre_hook(ahead, with_kwargs=True))
             for path in self.adapter.apart.called:
                 pair = PairHook(self.adapter, path)
                 self.handles.append(modules[path].register_forward_hook(pair, with_kwargs=True))
@@ -121,6 +138,7 @@ class Attachment:
             self.handles.append(self.model.register_forward_pre_hook(StartHook(self.adapter)))
             self.handles.append(self.model.register_forward_hook(EndHook(self.adapter)))
             self.model.add_module(PREFIX + self.adapter.name, self.adapter)
+            self.tell_who_is_alone()
             own = {id(p) for adapter in adapters(self.model) for p in adapter.parameters()}
             self.frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
             for parameter in self.frozen:
@@ -128,6 +146,15 @@ class Attachment:
         except BaseException:
             self.remove()
             raise
+
+    def tell_who_is_alone(self) -> None:
+        """Let an adapter have what the base computes, if no other one changes that, and the base's modules tell their biases."""
+        found = adapters(self.model)
+        active = [adapter for adapter in found if adapter.enabled or adapter.merged is not None]
+        for adapter in found:
+            modules = (self.model.get_submodule(path) for path in adapter.product_modules)
+            others = [other for other in active if other is not adapter]
+            adapter.set_alone(not others and all(hasattr(module, "bias") for module in modules))
 
     def _refuse_shared(self) -> None:
         for other in adapters(self.model):
@@ -144,6 +171,7 @@ class Attachment:
         for handle in self.handles:
             handle.remove()
         self.model._modules.pop(PREFIX + self.adapter.name, None)
+        self.tell_who_is_alone()
         others = [other.attachment for other in adapters(self.model) if other.attachment is not None]
         if others:
             others[0].frozen += self.frozen

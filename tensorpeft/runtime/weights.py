@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.language.errors import AdapterError
-from tensorpeft.network.shapes import Site
+from tensorpeft.network.shapes import Rows, Site
 from tensorpeft.runtime.hooks import adapters
 
 if TYPE_CHECKING:
@@ -73,8 +73,21 @@ def base_weight(adapter: Adapter, module: nn.Module, site: Site) -> Tensor:  # s
         weight = weight[site.expert]
     if site.rows is None:
         return weight
-    rows = site.rows
-    return weight.unflatten(0, (-1, rows.period)).narrow(1, rows.offset, rows.count).flatten(0, 1)
+    return _rows(weight.t(), site.rows).t()
+
+
+def product_of(module: nn.Module, site: Site, y: Tensor) -> Tensor:  # shape: (..., d_out) of the site
+    """W x of a site, from the output y of its module: its rows, in memory of their own, less the bias."""
+    bias: Any = getattr(module, "bias", None)
+    found = y if site.rows is None else _rows(y, site.rows)
+    if bias is None:
+        return found.clone()
+    return found - (bias if site.rows is None else _rows(bias, site.rows)).to(y.dtype)
+
+
+def _rows(tensor: Tensor, rows: Rows) -> Tensor:
+    """The part of the last axis that is a site's."""
+    return tensor.unflatten(-1, (-1, rows.period)).narrow(-1, rows.offset, rows.count).flatten(-2)
 
 
 def _before_merges(adapter: Adapter, path: str, weight: Tensor) -> Tensor:

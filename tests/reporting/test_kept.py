@@ -34,6 +34,7 @@ SPECS = [
     "tied_lora",
     "vera",
 ]
+THROUGH = "tensorpeft: 1\ntarget: {matrices: [query]}\nfactors: {v: {init: zeros}}\nupdate: W[d_out, d_in] * v[matrix, layer, %s]"
 
 
 def kept(model: nn.Module, tokens: int) -> int:
@@ -56,7 +57,7 @@ def per_token(model: nn.Module) -> float:
     return (kept(model, 60) - kept(model, 40)) / 20
 
 
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [*SPECS, THROUGH % "d_out", THROUGH % "d_in"])
 def test_autograd_keeps_so_much(name):
     """At query and value, whose input the base does not keep itself; four heads for eight, so their outputs differ."""
     model = build("llama").requires_grad_(False)

@@ -68,7 +68,13 @@ def einsum(*tensors: tuple[np.ndarray, tuple[str, ...]], to: tuple[str, ...]) ->
 
 
 def contracted(done: Iterable[Step], tensors: dict[str, tuple[np.ndarray, tuple[str, ...]]]) -> np.ndarray:
-    """What the steps make of the factors and of x; site modes, of which each is of size 1 here, are left out."""
+    """What the steps make of the factors and of x; site modes, of which each is of size 1 here, are left out.
+
+    The base has made Wx, of x and W, and makes y of what the steps add to x.
+    """
+    if "W" in tensors:
+        rows = tensors["W"][1][: len(tensors["W"][1]) - len(tensors["x"][1]) + 1]
+        tensors["Wx"] = einsum(tensors["x"], tensors["W"], to=("token", *rows)), ("token", *rows)
     for step in done:
         given = []
         for name, modes in (step.left, step.right):
@@ -77,6 +83,8 @@ def contracted(done: Iterable[Step], tensors: dict[str, tuple[np.ndarray, tuple[
             given.append((array.transpose([known.index(mode) for mode in inner]), inner))
         kept = tuple(mode for mode in step.result[1] if mode not in ("matrix", "layer"))
         tensors[step.result[0]] = einsum(*given, to=kept), kept
+    if "x'" in tensors:
+        return einsum(tensors["x'"], tensors["W"], to=("token", *rows))
     return tensors["y"][0]
 
 

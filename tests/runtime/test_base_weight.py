@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import tensorpeft as tp
 from tensorpeft.language.spec import BASE_WEIGHT
@@ -141,6 +142,70 @@ class Quantised(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear[0](x)
+
+
+@pytest.mark.parametrize("name", ["rows", "columns"])
+def test_what_goes_through_the_base_costs_no_product(name: str) -> None:
+    def flops(adapted: nn.Module) -> int:
+        adapted.get_input_embeddings().requires_grad_()  # a base without adapter has gradients of activations too
+        with FlopCounterMode(display=False) as counter:
+            run(adapted, inputs("llama")).sum().backward()
+        return counter.get_total_flops()
+
+    base = model("llama").requires_grad_(False)
+    without = flops(base)
+    adapter = attached(base, name)
+    assert flops(base) == without
+    second = tp.attach(base, "lora")
+    with second.disabled():
+        assert flops(base) == without
+    with adapter.disabled():
+        of_second = flops(base)
+    assert flops(base) > of_second  # W is multiplied
+    second.detach()
+    assert flops(base) == without
+
+
+@pytest.mark.parametrize("name", ["rows", "columns"])
+def test_beside_another_adapter_only_the_base_is_multiplied(name: str) -> None:
+    """W is the base's alone: neither does the other adapter's update come into it, nor does the other one see another input."""
+    base, x = model("llama"), inputs("llama")
+    adapter = attached(base, name)
+    randomise(adapter)
+    changes = {path: adapter.delta(path) for path in dict.fromkeys(site.module for site in adapter.sites)}
+    alone = run(base, x)
+    second = tp.attach(base, tp.load_spec("lora", rank=2))
+    randomise(second, seed=1)
+    both = {path: change + second.delta(path) for path, change in changes.items()}
+    found = run(base, x)
+    with adapter.disabled(), second.disabled(), by_formula(base, both):
+        truth = run(base, x)
+    assert (found - truth).norm() <= 1e-12 * truth.norm()
+    second.detach()
+    assert torch.equal(run(base, x), alone)
+
+
+@pytest.mark.parametrize(("name", "refused"), [("rows", True), ("columns", False)])
+def test_of_a_quantised_weight_what_adds_to_its_input_works(name: str, refused: bool) -> None:
+    base, x = model("plain"), inputs("plain")
+    with_weight = attached_to_mix(base, name)
+    randomise(with_weight)
+    truth = run(base, x)
+    values = named_factors(with_weight)
+    with_weight.detach()
+    base.blocks[0]["mix"] = Quantised(base.blocks[0]["mix"])
+    adapter = attached_to_mix(base, name)
+    adapter.factors.put(values)
+    if refused:  # its bias is not known, and so neither is W x
+        with pytest.raises(tp.AdapterError, match="is no plain matrix of numbers"):
+            run(base, x)
+    else:
+        assert (run(base, x) - truth).norm() <= 1e-12 * truth.norm()
+
+
+def attached_to_mix(base: nn.Module, name: str) -> tp.Adapter:
+    text = HEAD.replace("query, value", "'*.mix'") + SPECS[name]
+    return attach_plan(base, plan(with_base(lower(tp.load_spec(text), scan(base))), Regime()))
 
 
 def test_a_quantised_base_weight_is_refused() -> None:

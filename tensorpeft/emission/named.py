@@ -329,9 +329,9 @@ class Code:
         if at is None:
             return tensor
         axis = tensor.axes[at]
-        if axis[0] == SITE and len(axis) > 1 and TOKEN not in axis:
-            width = self.size(axis[1:])
-            assert isinstance(width, int)
+        sizes = [size for mode in axis[1:] if isinstance(size := self.sizes.get(mode), int)]  # none of tokens, of rows
+        if axis[0] == SITE and 1 < len(axis) == 1 + len(sizes):
+            width = prod(sizes)
             return replace(one_site(tensor), node=self.once("narrow", tensor.node, at, number * width, width))
         parts = (axis[: axis.index(SITE)], (SITE,), axis[axis.index(SITE) + 1 :])
         whole = (*tensor.axes[:at], *(part for part in parts if part), *tensor.axes[at + 1 :])

@@ -20,7 +20,8 @@ def definitions(spec: Spec, table: Table) -> Iterator[Problem]:
     seen, owners = set[str](), dict[str, str]()
     for definition in spec.modes:
         name, splits = definition.name, definition.name in (*SIDES, *parts)
-        message = f"`{name}` is defined already" if name in seen else _misnamed(definition, bonds)
+        again = name in seen and name not in SIDES
+        message = f"`{name}` is defined already" if again else _misnamed(definition, bonds)
         if message:
             yield Problem(message, definition.span)
             continue
@@ -31,7 +32,7 @@ def definitions(spec: Spec, table: Table) -> Iterator[Problem]:
                 yield Problem(message, part.span)
             if splits:
                 owners.setdefault(part.name, name)
-        within = names.inside(spec.modes, (name,)) - {name} if splits else {name}
+        within = names.inside(spec.modes, (part.name for part in definition.parts)) if splits else {name}
         if not used & within:
             yield Problem(f"`{definition}` is defined, but no factor carries it", definition.span)
 

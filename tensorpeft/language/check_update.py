@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass
 
 from tensorpeft.language import names
 from tensorpeft.language.errors import Problem, clip, did_you_mean, listing
 from tensorpeft.language.nodes import Table
 from tensorpeft.language.spec import SIDES, STRUCTURAL_MODES, Spec
-from tensorpeft.language.syntax import Product, Reference
+from tensorpeft.language.syntax import Definition, Product, Reference
 from tensorpeft.language.words import TASK_MODE
 
 
@@ -34,22 +34,42 @@ def open_sides(spec: Spec, table: Table) -> Iterator[Problem]:
     ``head`` with ``head_dim`` is one side of a matrix and ``width`` the other; which is which, the model says.
     """
     for product in spec.update.products:
-        missing = _missing(spec, {*names.atoms(spec, (mode for ref in product.factors for mode in ref.modes))})
-        if missing:
+        carried = {mode for reference in product.factors for mode in reference.modes}
+        if ways := _several_splits(spec, carried):
+            message = f"`{clip(str(product), 200)}` splits `{ways[0].name}` in several ways, {listing(map(str, ways))}"
+            yield Problem(f"{message}; expected one of them in a product", product.span)
+        elif missing := _missing(spec, names.atoms(spec, carried)):
             message = f"no factor of `{clip(str(product), 200)}` carries {listing(missing)}"
             yield Problem(f"{message}; expected every product to carry the whole output and input", product.span)
 
 
-def _missing(spec: Spec, atoms: set[str]) -> list[str]:
-    """What these modes lack of the two sides."""
+def _several_splits(spec: Spec, carried: set[str]) -> list[Definition]:
+    """Of a side that these modes have parts of by several of its definitions, these."""
+    others = [definition for definition in spec.modes if definition.name not in SIDES]
+    inside = names.inside(others, carried)
+    for side in SIDES:
+        ways = [d for d in names.splits(spec, side) if inside & names.inside(others, (part.name for part in d.parts))]
+        if len(ways) > 1:
+            return ways
+    return []
+
+
+def _missing(spec: Spec, atoms: Set[str]) -> list[str]:
+    """What these modes lack of the two sides; where a side is split in several ways, of the one that they are nearest to."""
     by_heads = atoms & {*STRUCTURAL_MODES} - names.side_parts(spec.modes)
-    lacking = [side for side in SIDES if not names.atoms(spec, (side,)) <= atoms]
+    lacking = [left for side in SIDES if (left := _lack(spec, side, atoms))]
     complete = [modes for modes in ({"head", "head_dim"}, {"width"}) if modes <= by_heads]
     if len(lacking) <= len(complete):
         return []
     if len(lacking) == 2 and by_heads:
         return [mode for mode in STRUCTURAL_MODES if mode not in atoms]
-    return [part for side in lacking for part in sorted(names.atoms(spec, (side,)) - atoms)]
+    return [part for left in lacking for part in sorted(left)]
+
+
+def _lack(spec: Spec, side: str, atoms: Set[str]) -> Set[str]:
+    """What these modes lack of a side."""
+    ways = [names.atoms(spec, (part.name for part in split.parts)) for split in names.splits(spec, side)]
+    return min((way - atoms for way in ways or [frozenset({side})]), key=len)
 
 
 def connected(spec: Spec, table: Table) -> Iterator[Problem]:

@@ -31,7 +31,7 @@ def inside(definitions: Iterable[Definition], modes: Iterable[str]) -> set[str]:
     """These modes, the parts of those that are defined, the parts of these, and so on."""
     parts: dict[str, list[str]] = {}
     for definition in definitions:
-        parts.setdefault(definition.name, [part.name for part in definition.parts])
+        parts.setdefault(definition.name, []).extend(part.name for part in definition.parts)
     found: set[str] = set()
     ahead = [*modes]
     while ahead:
@@ -40,6 +40,11 @@ def inside(definitions: Iterable[Definition], modes: Iterable[str]) -> set[str]:
             found.add(mode)
             ahead += parts.get(mode, ())
     return found
+
+
+def splits(spec: Spec, side: str) -> list[Definition]:
+    """The ways in which a side is split; a product uses one of them."""
+    return [definition for definition in spec.modes if definition.name == side]
 
 
 def side_parts(definitions: Sequence[Definition]) -> set[str]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from math import prod
 from typing import TypeVar
 
-from tensorpeft.language.errors import fail
+from tensorpeft.language.errors import fail, listing
 from tensorpeft.language.source import Span
 from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Definition, Expression, Part, Spectral
@@ -18,39 +18,64 @@ from tensorpeft.network.selection import Kind, chosen
 from tensorpeft.network.shapes import ModelShape, Site
 
 _Value = TypeVar("_Value")
+Splits = dict[str, list[tuple[str, ...]]]  # of each side the ways to split it
 LARGEST = 2**31  # of one mode: beyond it nothing fits a tensor index
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Sizes and parts of the modes that products use at a site; ``names`` are those that arithmetic may speak of there."""
+    """Sizes and parts of the modes that products use at a site; ``names`` are those that arithmetic may speak of there.
 
+    A side may be split in several ways: a product uses the one that it carries a part of.
+    """
+
+    site: Site
     sizes: dict[str, int]
-    parts: Parts
+    parts: Parts  # but for those of the sides
+    splits: Splits
     scale: float
     names: dict[str, float]
 
-    def atoms(self, carried: Iterable[str]) -> dict[str, tuple[str, ...]]:
-        """What some modes, and both sides, come down to: each to itself, or to its parts where another lies partly within it."""
+    def atoms(self, carried: Collection[str], span: Span | None = None) -> dict[str, tuple[str, ...]]:
+        """What some modes, and both sides, come down to: each to itself, or to its parts where another lies partly within it.
+
+        Raises:
+            SpecError: they lie in two splits of one side; ``span`` is where they stand.
+        """
+        parts = {**self.parts, **self._chosen(carried, span)}
         modes = (*carried, *SIDES)
         whole = dict.fromkeys(modes)
-        while mixed := [mode for mode in whole if mode in self.parts and self._overlaps(mode, whole)]:
-            largest = max(mixed, key=lambda mode: len(self._leaves(mode)))  # its parts may be enough
+        while mixed := [mode for mode in whole if mode in parts and _overlaps(mode, whole, parts)]:
+            largest = max(mixed, key=lambda mode: len(_leaves(mode, parts)))  # its parts may be enough
             del whole[largest]
-            whole |= dict.fromkeys(self.parts[largest])
-        return {mode: self._within(mode, whole) for mode in modes}
+            whole |= dict.fromkeys(parts[largest])
+        return {mode: _within(mode, whole, parts) for mode in modes}
 
-    def _overlaps(self, mode: str, others: Iterable[str]) -> bool:
-        mine = self._leaves(mode)
-        return any(other != mode and not mine.isdisjoint(self._leaves(other)) for other in others)
+    def _chosen(self, carried: Iterable[str], span: Span | None) -> Parts:
+        """Of each side that these modes carry a part of, the split that it is in."""
+        leaves = set[str]().union(*(_leaves(mode, self.parts) for mode in carried))
+        found: Parts = {}
+        for side, splits in self.splits.items():
+            meant = [split for split in splits if any(leaves & _leaves(part, self.parts) for part in split)]
+            if len(meant) > 1:
+                ways = listing(" * ".join(split) for split in meant)
+                raise fail(f"this product splits {side} of {self.site} in several ways, {ways}; expected one", span)
+            if meant:
+                found[side] = meant[0]
+        return found
 
-    def _leaves(self, mode: str) -> set[str]:
-        return set().union(*map(self._leaves, self.parts[mode])) if mode in self.parts else {mode}
 
-    def _within(self, mode: str, whole: Iterable[str]) -> tuple[str, ...]:
-        return (
-            (mode,) if mode in whole else tuple(atom for part in self.parts[mode] for atom in self._within(part, whole))
-        )
+def _overlaps(mode: str, others: Iterable[str], parts: Parts) -> bool:
+    mine = _leaves(mode, parts)
+    return any(other != mode and not mine.isdisjoint(_leaves(other, parts)) for other in others)
+
+
+def _leaves(mode: str, parts: Parts) -> set[str]:
+    return set().union(*(_leaves(part, parts) for part in parts[mode])) if mode in parts else {mode}
+
+
+def _within(mode: str, whole: Iterable[str], parts: Parts) -> tuple[str, ...]:
+    return (mode,) if mode in whole else tuple(atom for part in parts[mode] for atom in _within(part, whole, parts))
 
 
 def layout(spec: Spec, model: ModelShape, kind: Kind) -> Layout:
@@ -68,7 +93,7 @@ def layout(spec: Spec, model: ModelShape, kind: Kind) -> Layout:
     given = {} if spec.alpha is None else {"alpha": spec.alpha}
     value = float(scale.evaluate({**sizes.names(scale.names), **given}))
     spoken_of = sizes.names(_spoken_of(spec, kind))
-    return Layout(sizes.known, sizes.parts, value, spoken_of)
+    return Layout(kind.example, sizes.known, sizes.parts, sizes.splits, value, spoken_of)
 
 
 def _spoken_of(spec: Spec, kind: Kind) -> set[str]:
@@ -84,7 +109,10 @@ class _Sizes:
 
     def __init__(self, spec: Spec, model: ModelShape, kind: Kind) -> None:
         self.spec, self.kind, self.site = spec, kind, kind.example
-        self.parts = parts_of(spec.modes)
+        self.parts = parts_of(definition for definition in spec.modes if definition.name not in SIDES)
+        self.splits: Splits = {
+            side: [tuple(part.name for part in d.parts) for d in spec.modes if d.name == side] for side in SIDES
+        }
         self.ranks, self.model = dict(spec.ranks), dict(model.sizes)
         self.known = {"d_out": self.site.d_out, "d_in": self.site.d_in}
         if spec.tasks:
@@ -157,9 +185,9 @@ class _Sizes:
 
     def _add_structure(self) -> None:
         """Give `head`, `head_dim` and `width` their sizes, and split each side by them unless the spec does so itself."""
-        site, used, parts = self.site, self.kind.used, self.parts
+        site, used = self.site, self.kind.used
         heads = said_of(site, self.spec.heads.count, site.heads)
-        written = {part: side for side in SIDES for part in parts.get(side, ())}
+        written = {part: side for side, splits in self.splits.items() for split in splits for part in split}
         side = written.get("head", said_of(site, self.spec.heads.side, site.head_side)) or "d_out"
         if heads is None:
             raise fail(
@@ -173,9 +201,9 @@ class _Sizes:
         other = SIDES[1 - SIDES.index(side)]
         self.known.update(head=heads, head_dim=self.known[side] // heads, width=self.known[other])
         if "head" not in written and "head_dim" not in written:
-            parts.setdefault(side, ("head", "head_dim"))
+            self.splits[side].append(("head", "head_dim"))
         if "width" in used and "width" not in written:
-            parts.setdefault(other, ("width",))
+            self.splits[other].append(("width",))
 
     def _structural_span(self) -> Span | None:
         references = (f for product in self.kind.products for f in product.factors)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 from tensorpeft.language.spec import SIDES, SITE_MODES
@@ -11,8 +11,8 @@ from tensorpeft.language.syntax import Definition, Product, Reference
 Parts = dict[str, tuple[str, ...]]  # of each defined mode, the first the slowest
 
 
-def parts_of(definitions: Sequence[Definition]) -> Parts:
-    """The parts of every defined mode."""
+def parts_of(definitions: Iterable[Definition]) -> Parts:
+    """The parts of every defined mode; a side may be defined more than once, and has those of the last."""
     return {definition.name: tuple(part.name for part in definition.parts) for definition in definitions}
 
 
@@ -35,23 +35,25 @@ def free_modes(reference: Reference, definitions: tuple[Definition, ...]) -> tup
 
 def split_modes(definitions: Sequence[Definition]) -> set[str]:
     """The defined modes that split a size which is there: the sides, and their parts that have parts themselves."""
-    parts = parts_of(definitions)
-    found, ahead = set[str](), [side for side in SIDES if side in parts]
+    found, ahead = set[str](), [*SIDES]
     while ahead:
         mode = ahead.pop()
-        found.add(mode)
-        ahead += [part for part in parts[mode] if part in parts and part not in found]
+        inside = [part.name for definition in definitions if definition.name == mode for part in definition.parts]
+        if inside and mode not in found:
+            found.add(mode)
+            ahead += inside
     return found
 
 
 def used_modes(products: Sequence[Product], definitions: tuple[Definition, ...]) -> set[str]:
     """Every mode whose size products need: what they carry, the parts of fused ones, and splits of which they use a part."""
-    parts, splits = parts_of(definitions), split_modes(definitions)
+    splits = split_modes(definitions)
     used = {m for product in products for f in product.factors for m in (*f.modes, *written_modes(f, definitions))}
     before = 0
     while len(used) > before:
         before = len(used)
-        for mode, inside in parts.items():
+        for definition in definitions:
+            mode, inside = definition.name, [part.name for part in definition.parts]
             if used.intersection(inside) if mode in splits else mode in used:
                 used.update((mode, *inside))
     return used

@@ -69,7 +69,7 @@ def base_weight(site: Site) -> Block:
 def _term(place: _Place, storages: Mapping[str, Storage], product: Product) -> Term:
     definitions, sizes = place.spec.modes, place.layout.sizes
     factors = [_Factor(f, free_modes(f, definitions), storages.get(f.factor)) for f in product.factors]
-    atoms = place.layout.atoms(dict.fromkeys(mode for factor in factors for mode in factor.modes))
+    atoms = place.layout.atoms(dict.fromkeys(mode for factor in factors for mode in factor.modes), product.span)
     _check_atoms(product, factors, atoms, place.site)
     for factor in factors:
         _check_sizes(place, factor)

@@ -107,7 +107,8 @@ def test_heads(extra: str, matrix: str, expected: tuple[int, int, int], split: s
 
 
 def test_a_mode_is_split_only_where_another_lies_partly_within_it() -> None:
-    found = Layout({}, {"d_out": ("a", "b"), "b": ("c", "e"), "s": ("c", "r"), "t": ("r", "q")}, 1.0, {})
+    parts = {"b": ("c", "e"), "s": ("c", "r"), "t": ("r", "q")}
+    found = Layout(LLAMA.sites[0], {}, parts, {"d_out": [("a", "b"), ("x", "y")]}, 1.0, {})
     assert found.atoms(["d_out", "r"])["d_out"] == ("d_out",)
     assert found.atoms(["a", "b"])["d_out"] == ("a", "b")
     assert found.atoms(["a", "e"])["d_out"] == ("a", "c", "e")
@@ -116,6 +117,9 @@ def test_a_mode_is_split_only_where_another_lies_partly_within_it() -> None:
     chain = found.atoms(["s", "t"])
     assert (chain["s"], chain["t"], chain["d_out"]) == (("c", "r"), ("r", "q"), ("a", "c", "e"))
     assert found.atoms(["t", "q"])["t"] == ("r", "q")
+    assert found.atoms(["x", "y"])["d_out"] == ("x", "y")
+    with pytest.raises(SpecError, match=r"splits d_out of .* in several ways, `a \* b`, `x \* y`; expected one"):
+        found.atoms(["x", "s"])
 
 
 PLACE = r"query of layer 0 (model.layers.0.self_attn.q_proj)"
@@ -137,6 +141,10 @@ ERRORS = {
     ),
     "update: A[d_out, o1, r] * B[d_in, r] * C[o2]\nmodes: ['d_out = o1 * o2']\nrank: 2\nfactors: {A: {init: zeros}}": (
         "`A[d_out, o1, r]` carries `o1` twice, once within another mode"
+    ),
+    "update: H[head, r] * K[head_dim, r] * X[width, r] * A[o1, o2, r]\nmodes: [d_out = o1 * o2]\nrank: 2\n"
+    "factors: {A: {init: zeros}}": (
+        f"this product splits d_out of {PLACE} in several ways, `o1 * o2`, `head * head_dim`; expected one"
     ),
     "target: {matrices: [gate]}\n" + HEADS: (
         "matrix `gate` (model.layers.0.mlp.gate_proj) has no heads, which the modes of this spec need; "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -37,11 +37,22 @@ FUNCTIONS = {
 
 @dataclass(frozen=True)
 class Modes:
-    """The modes of a spec at one site: their sizes, and what each is a product of."""
+    """The modes of a spec at one site: their sizes, and what each is a product of; of a side perhaps in several ways."""
 
     sizes: dict[str, int]
     parts: dict[str, list[str]]
+    splits: list[tuple[str, list[str]]]
     scale: float
+
+    def of(self, product: Product) -> Modes:
+        """These modes where each side is split as it is in a product."""
+        carried = {atom for f in product.factors for mode in f.modes for atom in self.atoms(mode)}
+        chosen = {
+            side: parts
+            for side, parts in self.splits
+            if carried & {atom for part in parts for atom in self.atoms(part)}
+        }
+        return replace(self, parts=self.parts | chosen)
 
     def atoms(self, mode: str) -> list[str]:
         return [atom for part in self.parts[mode] for atom in self.atoms(part)] if mode in self.parts else [mode]
@@ -67,25 +78,28 @@ def products_at(adapter: tp.Adapter, site: Site) -> list[Product]:
 def modes_at(adapter: tp.Adapter, site: Site) -> Modes:
     spec = adapter.spec
     used = {m for product in products_at(adapter, site) for f in product.factors for m in f.modes}
-    parts = {d.name: [part.name for part in d.parts] for d in spec.modes}
+    splits = [(d.name, [part.name for part in d.parts]) for d in spec.modes if d.name in ("d_out", "d_in")]
+    parts = {d.name: [part.name for part in d.parts] for d in spec.modes if d.name not in ("d_out", "d_in")}
     used |= {part for mode in used for part in parts.get(mode, ())}
     sizes = {"d_out": site.d_out, "d_in": site.d_in, "task": spec.tasks or 0}
     if STRUCTURAL & used:
         side = {"*": site.head_side, **dict(spec.heads.side)}
         side = side.get(site.matrix, side["*"]) or "d_out"
-        side = next((name for name in ("d_out", "d_in") if "head" in parts.get(name, ())), side)
+        side = next((name for name, inside in splits if "head" in inside), side)
         count = {"*": site.heads, **dict(spec.heads.count)}
         other = "d_in" if side == "d_out" else "d_out"
         heads = count.get(site.matrix, count["*"])
         sizes |= {"head": heads, "head_dim": sizes[side] // heads, "width": sizes[other]}
-        parts = {side: ["head", "head_dim"], other: ["width"], **parts}
+        splits += [(side, ["head", "head_dim"]), (other, ["width"])]
     names = {**dict(adapter.network.model.sizes), **sizes}
     for _ in spec.ranks:  # each may name the others
         for name, expression in spec.ranks:
             if expression.names <= names.keys():
                 names[name] = sizes[name] = int(value(expression, names, site))
-    for definition in spec.modes:
-        if definition.name in ("d_out", "d_in"):
+    split = {"d_out", "d_in"}
+    for definition in spec.modes:  # parts that are split stand behind what they are parts of
+        if definition.name in split:
+            split |= {part.name for part in definition.parts}
             left = sizes[definition.name]
             for part in definition.parts:
                 if part.size is not None:
@@ -93,7 +107,7 @@ def modes_at(adapter: tp.Adapter, site: Site) -> Modes:
                 left //= sizes.get(part.name, 1)
             free = [part.name for part in definition.parts if part.name not in sizes]
             sizes |= dict(zip(free, balanced(left, len(free)), strict=True))
-    return Modes(sizes, parts, value(spec.scale, {**names, "alpha": spec.alpha}, site))
+    return Modes(sizes, parts, splits, value(spec.scale, {**names, "alpha": spec.alpha}, site))
 
 
 def value(expression: object, names: dict, site: Site) -> float:
@@ -190,8 +204,9 @@ def site_update(adapter: tp.Adapter, tensors: dict[str, Tensor], site: Site) -> 
     modes = modes_at(adapter, site)
     total = 0
     for product in products_at(adapter, site):
-        factors = [stored_at(adapter, tensors, f, site, modes) for f in product.factors]
-        total = total + product.sign * contracted(product, factors, site, modes)
+        here = modes.of(product)
+        factors = [stored_at(adapter, tensors, f, site, here) for f in product.factors]
+        total = total + product.sign * contracted(product, factors, site, here)
     return total * modes.scale
 
 

@@ -70,9 +70,9 @@ def dense(base: nn.Module, adapter: tp.Adapter, factors: dict[str, Tensor]) -> d
 
 
 def at_site(adapter: tp.Adapter, whole: dict[str, Tensor], site: Site, weight: Tensor) -> Tensor:
-    modes = modes_at(adapter, site)
     total = torch.zeros_like(weight)
     for product in adapter.spec.update.products:
+        modes = modes_at(adapter, site).of(product)
         names: dict[str, str] = {}
         inputs, tensors = [], []
         for reference in product.factors:

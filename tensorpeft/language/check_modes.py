@@ -123,15 +123,15 @@ def known_modes(spec: Spec, table: Table) -> Iterator[Problem]:
 
 
 def used_bonds(spec: Spec, table: Table) -> Iterator[Problem]:
-    """A size is given to bonds only, and only to bonds that a factor carries."""
-    carried, parts = names.carried(spec), names.side_parts(spec.modes)
+    """A size is given to bonds only, and only to those that a factor carries or other arithmetic speaks of."""
+    carried, spoken, parts = names.carried(spec), names.spoken_of(spec), names.side_parts(spec.modes)
     for bond, _ in spec.ranks:
         span = table.place("rank", bond)
         if bond in BUILT_IN_MODES:
             yield Problem(f"`{bond}` is a mode that takes its size from the model; expected a bond", span)
         elif bond in parts:
             yield Problem(f"`{bond}` is a part defined under `modes`; expected a bond", span)
-        elif bond not in carried:
+        elif bond not in carried | spoken:
             bonds = sorted(carried & {*names.bonds(spec)})
             hint = did_you_mean(bond, (*bonds, BUDGET)) or (f"; the bonds are {listing(bonds)}" if bonds else "")
             yield Problem(f"`{bond}` is given a size, but no factor carries it{hint}", span)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
-from tensorpeft.language.syntax import Definition, Reference
+from tensorpeft.language.syntax import Definition, Reference, Spectral
 from tensorpeft.language.words import BUILT_IN_MODES, TASK_MODE
 
 
@@ -72,6 +72,14 @@ def carried(spec: Spec) -> set[str]:
     """Every mode that a factor carries, and what those that are defined come down to."""
     modes = {mode for reference in references(spec) for mode in reference.modes}
     return modes | atoms(spec, modes)
+
+
+def spoken_of(spec: Spec) -> set[str]:
+    """The names in the arithmetic of sizes, of the scale and of initialisers."""
+    inits = (rule.init.power if isinstance(rule.init, Spectral) else rule.init for _, rule in spec.factors)
+    sizes = (part.size for definition in spec.modes for part in definition.parts if part.size is not None)
+    expressions = (*dict(spec.ranks).values(), *sizes, spec.scale, *inits)
+    return {name for expression in expressions for name in expression.names}
 
 
 def is_bound(spec: Spec, mode: str) -> bool:

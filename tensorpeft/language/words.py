@@ -9,7 +9,12 @@ from tensorpeft.language.syntax import Call, Number
 
 TASK_MODE = "task"  # bound per row of a batch
 MODEL_SIZES = ("width", "layers", "heads", "head_dim", "mlp", "vocab")  # what a model's shape names
-SIZE_NAMES = (*SIDES, *MODEL_SIZES)  # what arithmetic in a spec may speak of, besides bonds (and `alpha` in a scale)
+LAYER = "layer"  # of a site, counted from 0
+SIZE_NAMES = (
+    *SIDES,
+    LAYER,
+    *MODEL_SIZES,
+)  # what arithmetic in a spec may speak of, besides bonds (and `alpha` in a scale)
 BUILT_IN_MODES = (*SITE_MODES, TASK_MODE, *SIDES, *STRUCTURAL_MODES)
 
 

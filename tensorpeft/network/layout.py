@@ -12,6 +12,7 @@ from tensorpeft.language.errors import fail, listing
 from tensorpeft.language.source import Span
 from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Definition, Expression, Part, Spectral
+from tensorpeft.language.words import LAYER
 from tensorpeft.network.initial import origins
 from tensorpeft.network.modes import Parts, parts_of, split_modes
 from tensorpeft.network.selection import Kind, chosen
@@ -24,7 +25,7 @@ LARGEST = 2**31  # of one mode: beyond it nothing fits a tensor index
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Sizes and parts of the modes that products use at a site; ``names`` are those that arithmetic may speak of there.
+    """Sizes and parts of the modes that products use at a site; ``names`` are those that initialisers and masks speak of.
 
     A side may be split in several ways: a product uses the one that it carries a part of.
     """
@@ -35,6 +36,12 @@ class Layout:
     splits: Splits
     scale: float
     names: dict[str, float]
+
+    @property
+    def meaning(self) -> object:
+        """What two of the same spec are compared by."""
+        ways = tuple((side, *splits) for side, splits in self.splits.items())
+        return frozenset(self.sizes.items()), ways, self.scale, frozenset(self.names.items())
 
     def atoms(self, carried: Collection[str], span: Span | None = None) -> dict[str, tuple[str, ...]]:
         """What some modes, and both sides, come down to: each to itself, or to its parts where another lies partly within it.
@@ -91,9 +98,10 @@ def layout(spec: Spec, model: ModelShape, kind: Kind) -> Layout:
             sizes.size(mode)
     scale = chosen(spec.scale, "`scale`", kind.example)
     given = {} if spec.alpha is None else {"alpha": spec.alpha}
-    value = float(scale.evaluate({**sizes.names(scale.names), **given}))
-    spoken_of = sizes.names(_spoken_of(spec, kind))
-    return Layout(kind.example, sizes.known, sizes.parts, sizes.splits, value, spoken_of)
+    scaled = float(scale.evaluate({**sizes.names(scale.names), **given}))
+    spoken = _spoken_of(spec, kind)
+    names = {name: value for name, value in sizes.names(spoken).items() if name in spoken}
+    return Layout(kind.example, sizes.known, sizes.parts, sizes.splits, scaled, names)
 
 
 def _spoken_of(spec: Spec, kind: Kind) -> set[str]:
@@ -125,9 +133,9 @@ class _Sizes:
             self._add_structure()
 
     def names(self, names: Iterable[str]) -> dict[str, float]:
-        """The values of the names that mean something here; those of the model in any case."""
+        """The values of the names that mean something here; those of the model and the layer in any case."""
         sized = {name: self.size(name) for name in names if name in self.known or name in self.ranks}
-        return {**self.model, **sized}
+        return {**self.model, LAYER: self.site.layer, **sized}
 
     def size(self, mode: str) -> int:
         """The size of a mode or bond."""

@@ -8,10 +8,11 @@ Not here: the order of contraction (planning), numbers (initial), torch (runtime
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tensorpeft.language.errors import fail
 from tensorpeft.language.spec import Spec
 from tensorpeft.network.budget import fitted
 from tensorpeft.network.checks import check_activations, check_experts, check_names
@@ -26,7 +27,7 @@ from tensorpeft.network.stacks import by_stack
 from tensorpeft.network.storage import Storage, store
 from tensorpeft.network.targets import choose
 from tensorpeft.network.terms import base_weight, group
-from tensorpeft.network.use import Layouts, Placed, use
+from tensorpeft.network.use import Layouts, Placed, first_reference, use
 
 
 def lower(spec: Spec, model: ModelShape, saved: Mapping[str, np.ndarray] | None = None) -> Network:
@@ -53,7 +54,20 @@ def lower(spec: Spec, model: ModelShape, saved: Mapping[str, np.ndarray] | None 
         stored, used = _network(spec, model, name, placed, scores, saved)
         blocks += stored
         groups += used
+    _refuse_namesakes(spec, blocks)
     return Network(spec, model, tuple(blocks), tuple(groups), trained)
+
+
+def _refuse_namesakes(spec: Spec, blocks: Sequence[Block]) -> None:
+    """No two tensors are of one name: that of a ragged factor ends with sizes."""
+    owner: dict[str, str] = {}
+    for block in blocks:
+        other = owner.setdefault(block.name, block.factor)
+        if other != block.factor:
+            message = (
+                f"a tensor of `{other}` is called `{block.name}` too, since its sizes differ; expected another name"
+            )
+            raise fail(message, first_reference(spec, block.factor).span)
 
 
 def _network(
@@ -66,6 +80,10 @@ def _network(
 ) -> tuple[list[Block], tuple[Group, ...]]:
     """The blocks and the groups of one stack."""
     layouts = {kind: layout(spec, model, kind) for kind in dict.fromkeys(kind for _, kind in placed)}
+    first: dict[object, Kind] = {}  # of those whose arithmetic comes to the same
+    same = {kind: first.setdefault((kind.products, each.meaning), kind) for kind, each in layouts.items()}
+    placed = [(site, same[kind]) for site, kind in placed]
+    layouts = {kind: layouts[kind] for kind in first.values()}
     storages = {}
     for name, _ in spec.factors:
         each = use(spec, name, layouts)

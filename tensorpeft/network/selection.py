@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorpeft.language.errors import fail
+from tensorpeft.language.names import spoken_of
 from tensorpeft.language.spec import STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Choice, Expression, Product, Selector
+from tensorpeft.language.words import LAYER
 from tensorpeft.network.modes import used_modes
 from tensorpeft.network.shapes import Site
 from tensorpeft.network.targets import fits
@@ -33,6 +35,7 @@ def kinds(spec: Spec, sites: Sequence[Site]) -> list[tuple[Site, Kind]]:
         entries[product.at] = (*entries.get(product.at, ()), product)
     used = {at: frozenset(used_modes(products, spec.modes)) for at, products in entries.items()}
     choices = [value for value in (*dict(spec.ranks).values(), spec.scale) if isinstance(value, Choice)]
+    by_layer = LAYER in spoken_of(spec)
     known: dict[tuple[object, ...], Kind] = {}
     found = []
     for site in sites:
@@ -42,7 +45,7 @@ def kinds(spec: Spec, sites: Sequence[Site]) -> list[tuple[Site, Kind]]:
         with_heads = not used[at].isdisjoint(STRUCTURAL_MODES)
         heads = (site.matrix, site.heads, site.head_side) if with_heads else ()
         picks = (last_fitting(tuple(selector for selector, _ in choice.entries), site) for choice in choices)
-        like = (site.d_out, site.d_in, at, *heads, *picks)
+        like = (site.d_out, site.d_in, at, *heads, *picks, site.layer if by_layer else None)
         if like not in known:
             known[like] = Kind(site, entries[at], used[at])
         found.append((site, known[like]))

@@ -133,7 +133,7 @@ def _one(name: str, block: Block, values: Sequence[float]) -> float:
     if len(set(values)) > 1:
         sizes = " and ".join(f"{value:g}" for value in sorted(set(values)))
         message = f"`{block.init}` speaks of `{name}`, which is {sizes} at the sites that share factor `{block.name}`"
-        raise fail(f"{message}; expected one size", block.init.span)
+        raise fail(f"{message}; expected one number", block.init.span)
     return values[0]
 
 

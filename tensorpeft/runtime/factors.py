@@ -13,6 +13,7 @@ from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.initial import initial_values
 from tensorpeft.network.network import Block, Network
 from tensorpeft.network.shapes import Key
+from tensorpeft.network.use import first_reference
 
 
 class Factors(nn.Module):
@@ -21,10 +22,9 @@ class Factors(nn.Module):
     def __init__(self, network: Network, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         for block in network.blocks:
-            if hasattr(nn.Module, block.name):
-                raise fail(
-                    f"the factor name `{block.name}` is taken by torch.nn.Module; choose another", network.spec.span
-                )
+            if hasattr(self, block.name):
+                message = f"the factor name `{block.name}` is taken by torch.nn.Module; choose another"
+                raise fail(message, first_reference(network.spec, block.factor).span)
             tensor = torch.empty(block.shape, dtype=dtype, device=device)
             if block.trainable:
                 self.register_parameter(block.name, nn.Parameter(tensor))

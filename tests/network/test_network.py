@@ -209,8 +209,28 @@ def test_arithmetic_over_sizes_that_differ() -> None:
     with pytest.raises(SpecError) as caught:
         network_of(text)
     assert caught.value.problems[0].message == (
-        "`normal(1 / d_out)` speaks of `d_out`, which is 32 and 64 at the sites that share factor `A`; expected one size"
+        "`normal(1 / d_out)` speaks of `d_out`, which is 32 and 64 at the sites that share factor `A`; expected one number"
     )
+
+
+def test_arithmetic_over_the_layer_of_a_factor_that_layers_share() -> None:
+    text = "update: B[matrix, layer, d_out, r] * A[matrix, r, d_in]\nrank: {r: 4}\n"
+    text += "factors: {B: {init: zeros}, A: {init: normal(1 / (layer + 1))}}"
+    with pytest.raises(
+        SpecError, match=r"speaks of `layer`, which is 0 and 1 and 2 at the sites that share factor `A`"
+    ):
+        network_of(text)
+
+
+def test_tensors_of_one_name() -> None:
+    text = "update: B[layer, d_out, r] * B_d_out64[r, s] * A[matrix, layer, s, d_in]\nrank: {r: 4, s: 3}\n"
+    with pytest.raises(SpecError) as caught:
+        network_of(text + "factors: {B: {init: zeros}}")
+    (problem,) = caught.value.problems
+    assert problem.message == (
+        "a tensor of `B` is called `B_d_out64` too, since its sizes differ; expected another name"
+    )
+    assert problem.span.position == (3, 30)
 
 
 def test_formulas_over_indices() -> None:

@@ -85,8 +85,9 @@ FORMULAS = {
         0,
     ),  # query and value read one input: x A once for both
     "shared_a": (64 * (2 * 8 * 4096 + 2 * 8 * 4096), 0),
-    # x meets the width factor, and then the product of the other four, made for 4 matrices of 32 layers at once
-    "lorta": (128 * (2 * 8 * 4096 + 2 * 8 * 4096), 8 * (4 * 32 + 4 * 32 * 32 + 4 * 32 * 32 * 128)),
+    # x meets the width factor, once for query, key and value, and then the product of the other four, made for 4 matrices of
+    # 32 layers at once
+    "lorta": ((32 * 2 + 128) * 2 * 8 * 4096, 8 * (4 * 32 + 4 * 32 * 32 + 4 * 32 * 32 * 128)),
 }
 
 

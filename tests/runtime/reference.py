@@ -91,7 +91,7 @@ def modes_at(adapter: tp.Adapter, site: Site) -> Modes:
         heads = count.get(site.matrix, count["*"])
         sizes |= {"head": heads, "head_dim": sizes[side] // heads, "width": sizes[other]}
         splits += [(side, ["head", "head_dim"]), (other, ["width"])]
-    names = {**dict(adapter.network.model.sizes), **sizes}
+    names = {**dict(adapter.network.model.sizes), "layer": site.layer, **sizes}
     for _ in spec.ranks:  # each may name the others
         for name, expression in spec.ranks:
             if expression.names <= names.keys():

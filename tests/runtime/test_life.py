@@ -345,6 +345,14 @@ def test_compiles_into_one_graph(spec: str) -> None:
     assert torch.allclose(output(compiled, adapter, x), output(model, adapter, x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["training", "forward", "put"])
+def test_a_factor_that_torch_has_a_name_for(name: str) -> None:
+    text = f"tensorpeft: 1\ntarget: {{matrices: [query]}}\nrank: {{r: 2}}\nfactors: {{{name}: {{init: zeros}}}}\n"
+    with pytest.raises(tp.SpecError, match=f"the factor name `{name}` is taken") as caught:
+        tp.attach(build("llama"), tp.load_spec(f"{text}update: {name}[matrix, layer, d_out, r] * A[layer, r, d_in]"))
+    assert caught.value.problems[0].span.position == (5, 9)
+
+
 def test_tasks_are_refused_where_they_do_not_fit() -> None:
     model, adapter = attached("bert", "shared_a")
     x = inputs("bert")

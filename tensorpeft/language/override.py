@@ -77,12 +77,16 @@ def _in_target(path: tuple[Scalar, ...], table: Table, value: Node) -> tuple[tup
 
 
 def _in_rank(path: tuple[Scalar, ...], table: Table, value: Node) -> tuple[Table, Node]:
-    """A size by itself is that of ``r``, or of every bond; a budget takes the place of these sizes, and they that of a budget."""
+    """A size by itself is that of ``r``, or of every bond that is not as large as another mode.
+
+    A budget takes the place of these sizes, and they that of a budget.
+    """
     present = table.get("rank")
     if not isinstance(present, Table) or _is_empty(value):
         return table, value
     sized = [key for key in present if key != BUDGET]
-    meant = ["r"] if "r" in sized else sized
+    own = [bond for bond in sized if not str(getattr(present.get(bond), "value", "")).isidentifier()]
+    meant = ["r"] if "r" in sized else own
     if path[-1].text == BUDGET or (isinstance(value, Table) and BUDGET in value):
         return table.put(
             path[0], Table(tuple(item for item in present.items if item[0].text not in meant), present.span)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping
 
-from tensorpeft.language.names import is_bound
-from tensorpeft.language.spec import Spec
+from tensorpeft.language.spec import SITE_MODES, Spec
 from tensorpeft.language.syntax import Call, Initialiser, Name, Product
-from tensorpeft.language.words import IDENTITY, ONES, ZEROS
+from tensorpeft.language.words import IDENTITY, ONES, TASK_MODE, ZEROS
 
 _Factor = tuple[str, tuple[str, ...]]  # with its modes
 
@@ -74,28 +73,59 @@ class _Starts:
         self.roots = {name: origin(name, inits) or name for name in inits}
         masked = {rule.factor for rule in spec.masks}
         self.plain = {name: init for name, init in inits.items() if init in (ONES, IDENTITY) and name not in masked}
+        parts = [part for definition in spec.modes for part in definition.parts]
         self.ranks = dict(spec.ranks)
-        modes = {mode for product in spec.update.products for reference in product.factors for mode in reference.modes}
-        self.bound = {mode for mode in modes if is_bound(spec, mode)}
+        self.sizes = self.ranks | {part.name: part.size for part in parts if part.size is not None}
+        ways = Counter(definition.name for definition in spec.modes)
+        self.parts = {d.name: tuple(part.name for part in d.parts) for d in spec.modes if ways[d.name] == 1}
 
     def of(self, product: Product) -> Hashable:
-        """The factors with their modes, copies by what they are of, without those that change nothing."""
+        """The factors with what their modes come down to, copies by what they are of, without those that change nothing."""
         left = [(self.roots.get(ref.factor, ref.factor), ref.modes) for ref in product.factors]
         while (fewer := self._without_one(left)) is not None:
             left = fewer
-        return product.at, frozenset(Counter(left).items())
+        return product.at, frozenset(Counter((name, self._atoms(modes)) for name, modes in left).items())
+
+    def _atoms(self, modes: Iterable[str], above: frozenset[str] = frozenset()) -> tuple[str, ...]:
+        """These modes, in place of those with parts their parts; ``above`` are those that they are parts of."""
+        parts = {mode: self.parts[mode] for mode in modes if mode in self.parts and mode not in above}
+        inside = (self._atoms(parts[mode], above | {mode}) if mode in parts else (mode,) for mode in modes)
+        return tuple(atom for several in inside for atom in several)
 
     def _without_one(self, factors: list[_Factor]) -> list[_Factor] | None:
         """The factors without one of ones, or without an identity and the bond that it renames."""
-        carried = Counter(mode for _, modes in factors for mode in modes)
+        carried = Counter(self._atoms([mode for _, modes in factors for mode in modes]))
         for place, (name, modes) in enumerate(factors):
             if name not in self.plain:
                 continue
-            others, free = factors[:place] + factors[place + 1 :], [m for m in modes if m not in self.bound]
-            if self.plain[name] == ONES and all(carried[mode] > 1 for mode in free):
+            others, free = factors[:place] + factors[place + 1 :], self._free(modes)
+            n_ones = len(free) if self.plain[name] == ONES else len(free) - 2
+            if n_ones < 0 or any(carried[atom] == 1 and atom != TASK_MODE for atom in self._atoms(free[:n_ones])):
+                continue
+            if n_ones == len(free):
                 return others
-            if self.plain[name] == IDENTITY and len(free) == 2:
-                for kept, bond in (free, free[::-1]):
-                    if self.ranks.get(bond) == Name(kept):  # of one size
-                        return [(other, tuple(kept if m == bond else m for m in theirs)) for other, theirs in others]
+            for kept, bond in (free[-2:], free[:-3:-1]):
+                if self._of_one_size(bond, kept) and all(self._has_whole(bond, other) for other in others):
+                    return [(other, self._renamed(bond, kept, theirs)) for other, theirs in others]
         return None
+
+    def _free(self, modes: Iterable[str]) -> list[str]:
+        """The modes that are not bound to sites, as they are stored."""
+        apart = ((mode, self._atoms([mode])) for mode in modes)
+        stored = [(mode,) if {*SITE_MODES}.isdisjoint(atoms) else atoms for mode, atoms in apart]
+        return [each for several in stored for each in several if each not in SITE_MODES]
+
+    def _of_one_size(self, bond: str, kept: str) -> bool:
+        return bond in self.ranks and self.ranks[bond] in (Name(kept), self.sizes.get(kept))
+
+    def _has_whole(self, bond: str, factor: _Factor) -> bool:
+        """Whether a factor does not hold the bond within another mode, or it does not matter."""
+        name, modes = factor
+        return name not in self.plain or bond in modes or bond not in self._atoms(modes)
+
+    def _renamed(self, bond: str, kept: str, modes: Iterable[str]) -> tuple[str, ...]:
+        return tuple(
+            kept if each == bond else each
+            for mode in modes
+            for each in (self._atoms([mode]) if bond in self._atoms([mode]) else (mode,))
+        )

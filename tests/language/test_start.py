@@ -126,7 +126,9 @@ CANCELLING = {
     "W[d_out, m] * R[matrix, layer, m, n] * R[matrix, layer, n, d_in] - W[d_out, d_in]": "m: d_in, n: m",
     "v[matrix, layer, d_out] * W[d_out, d_in] - W[d_out, d_in]": "",
     "v[matrix, layer, d_out] * v[matrix, layer, m] * R[matrix, layer, d_out, m] * W[m, d_in] - W[d_out, d_in]": "m: d_out",
+    "R[matrix, layer, p, o, a] * W[x, d_in] - W[d_out, d_in]": "a: 4",
 }
+BLOCKS = "modes: [d_out = p * o(4), x = p * a]\n"
 
 
 @pytest.mark.parametrize(("update", "ranks"), CANCELLING.items())
@@ -134,7 +136,8 @@ def test_ones_and_identities_change_nothing(update: str, ranks: str) -> None:
     factors = {"R": "{init: identity}", "v": "{init: ones}"}
     said = ", ".join(f"{name}: {rule}" for name, rule in factors.items() if f"{name}[" in update)
     sizes = f"rank: {{{ranks}}}\n" if ranks else ""
-    assert nonzero_products(load_spec(f"{HEAD}update: {update}\n{sizes}factors: {{{said}}}\n")) == []
+    blocks = BLOCKS if "[x" in update else ""
+    assert nonzero_products(load_spec(f"{HEAD}{blocks}update: {update}\n{sizes}factors: {{{said}}}\n")) == []
 
 
 NOLA = """

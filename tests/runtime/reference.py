@@ -220,7 +220,8 @@ def contracted(product: Product, factors: list[Tensor], site: Site, modes: Modes
     inputs = [letters(atom for mode in f.modes for atom in modes.atoms(mode)) for f in product.factors]
     task = [atom for atom in ("task",) if atom in names]
     output = letters([*task, *modes.atoms("d_out"), *modes.atoms("d_in")])
-    dtype = next(f.dtype for f, reference in zip(factors, product.factors, strict=True) if reference.factor != "W")
+    own = (f.dtype for f, reference in zip(factors, product.factors, strict=True) if reference.factor != "W")
+    dtype = next(own, factors[0].dtype)
     dense = torch.einsum(f"{','.join(inputs)}->{output}", *(factor.to(dtype) for factor in factors))
     return dense.reshape([*dense.shape[: len(task)], site.d_out, site.d_in])
 

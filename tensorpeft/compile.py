@@ -105,7 +105,7 @@ def report(
 
     Args:
         spec: a spec, a catalogue name, a path, or YAML text.
-        model: a model card's name, a ``config.json``, a config's dict, a shape, or a torch model; the last alone needs torch.
+        model: a model card's name, a ``config.json``, a config, a shape, or a torch model; the last alone needs torch.
         regime: what the order of contraction is planned for.
 
     Raises:
@@ -115,10 +115,15 @@ def report(
     return report_of(front(spec, shape_of(model), regime))
 
 
-def shape_of(model: ModelShape | nn.Module | str | Path | dict[str, Any]) -> ModelShape:
-    """The shape of a model card, a config.json, a config dict or a torch model; torch is imported for the last alone."""
+def shape_of(model: Any) -> ModelShape:
+    """The shape of a model card, a config.json, a config, as one of transformers or a dict, or a torch model.
+
+    Torch is imported for the last alone.
+    """
     if isinstance(model, ModelShape):
         return model
+    if hasattr(model, "to_dict"):
+        model = model.to_dict()
     if isinstance(model, (str, Path, dict)):
         return model_shape(model)
     from tensorpeft.scanning.scan import scan

@@ -49,6 +49,10 @@ def compile_table(table: Table, source: Source) -> Spec:
 
 def find_source(what: str | PathLike[str]) -> Source:
     """The text that a catalogue name, a path or a text stands for."""
+    if not isinstance(what, (str, PathLike)):
+        raise fail(
+            f"expected a catalogue name, a path or YAML text, found {clip(repr(what))} of type `{type(what).__name__}`"
+        )
     name = fspath(what)
     if not isinstance(what, str):
         return _read(Path(name), name)

@@ -59,6 +59,10 @@ class Page(ABC):
         """A page of its own; with a picture, an SVG element, below the title."""
         return html(self.title, self.tables, self.listings, picture)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        return self.to_html()
+
     def __str__(self) -> str:
         return self.to_text()
 

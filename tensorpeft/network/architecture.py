@@ -71,6 +71,11 @@ class Architecture:
     uncalled: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
 
+    @property
+    def is_part(self) -> bool:
+        """Whether it is of one or several models inside another one."""
+        return all(matrix.inside for matrix in self.matrices)
+
     def find(self, path: str) -> tuple[str, int, tuple[Matrix, ...]] | None:
         """The stack, the layer and the matrices of a weight whose path ends as a template does; None where none fits."""
         for pattern, tails in self._patterns:
@@ -101,25 +106,25 @@ class Architecture:
         )
 
 
-def together(models: Mapping[str, Architecture]) -> Architecture:
-    """Several models inside another, by their paths: each role and size has the name of its model in front.
+def together(models: Mapping[str, Architecture], *, named: bool) -> Architecture:
+    """Models inside another, by their paths; where they are ``named``, each role and size has its model's name in front.
 
     The name is what a path has for itself: ``language_model`` and ``vision_tower`` of ``model.language_model`` and so on.
     """
-    names = distinct(models)
-    named = [(names[path], path, architecture) for path, architecture in models.items()]
+    fronts = {path: f"{name}." if named else "" for path, name in distinct(models).items()}
+    each = [(fronts[path], path, architecture) for path, architecture in models.items()]
     return Architecture(
-        family=", ".join(dict.fromkeys(architecture.family for _, _, architecture in named)),
-        sizes=tuple((f"{name.replace('.', '_')}_{size}", value) for name, _, a in named for size, value in a.sizes),
-        matrices=tuple(_within(matrix, name, path) for name, path, a in named for matrix in a.matrices),
-        uncalled=tuple(ending for _, _, a in named for ending in a.uncalled),
-        unused=tuple(ending for _, _, a in named for ending in a.unused),
+        family=", ".join(dict.fromkeys(architecture.family for _, _, architecture in each)),
+        sizes=tuple((front.replace(".", "_") + size, value) for front, _, a in each for size, value in a.sizes),
+        matrices=tuple(_within(matrix, front, path) for front, path, a in each for matrix in a.matrices),
+        uncalled=tuple(ending for _, _, a in each for ending in a.uncalled),
+        unused=tuple(ending for _, _, a in each for ending in a.unused),
     )
 
 
-def _within(matrix: Matrix, name: str, path: str) -> Matrix:
-    reads = matrix.reads and f"{name}.{matrix.reads}"
-    return replace(matrix, role=f"{name}.{matrix.role}", reads=reads, inside=f"{path}.")
+def _within(matrix: Matrix, front: str, path: str) -> Matrix:
+    reads = matrix.reads and f"{front}{matrix.reads}"
+    return replace(matrix, role=f"{front}{matrix.role}", reads=reads, inside=f"{path}.")
 
 
 def families() -> tuple[str, ...]:

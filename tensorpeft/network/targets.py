@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 
@@ -14,6 +14,7 @@ from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
 from tensorpeft.language.source import Span
 from tensorpeft.language.spec import Target
 from tensorpeft.language.syntax import Selector, ranges
+from tensorpeft.network.conventions import PARTS, is_fused
 from tensorpeft.network.shapes import Key, ModelShape, Site
 from tensorpeft.network.sites import in_order
 
@@ -33,7 +34,7 @@ def choose(target: Target, shape: ModelShape) -> tuple[Site, ...]:
 
     Raises:
         SpecError: with every entry that matches nothing, every exclusion that removes nothing, the layers that do not
-            exist, each matrix that some layers lack, or nothing left at the end.
+            exist, each matrix that some layers lack or another stack may hide, or nothing left at the end.
     """
     problems = list(_layer_problems(target, shape))
     wanted: dict[Key, Site] = {}
@@ -136,13 +137,17 @@ def _entry_problems(entry: str, target: Target, shape: ModelShape, found: tuple[
     if not found:
         known = dict.fromkeys(site.matrix for site in shape.sites)
         names = {*known, *(site.module.rsplit(".", 1)[-1] for site in shape.sites)}
-        message = f"`{entry}` matches nothing in {shape.name}, which has {_named(known)}{did_you_mean(entry, names)}"
-        yield Problem(message, target.span(entry))
+        hint = "".join(f"; it may be a part of `{name}`" for name in _hiding(entry, target, shape)[:1])
+        message = f"`{entry}` matches nothing in {shape.name}, which has {_named(known)}"
+        yield Problem(message + (hint or did_you_mean(entry, names)), target.span(entry))
     elif not _means_some(entry):
         for stack, layers in _lacking(found, target, shape).items():
             where = f"layer{'s' * (len(layers) > 1)} {ranges(layers)} of `{stack}`"
             ways = f"restrict `layers:` to those that have it, or write `*.{entry}` for all that there are"
             yield Problem(f"`{entry}` is missing in {where}; {ways}", target.span(entry))
+        for name in _hiding(entry, target, shape, {site.stack for site in found})[:1]:
+            told = f"`{entry}` may be a part of `{name}` too, and no table says which"
+            yield Problem(f"{told}; write `*.{entry}` for all that are known", target.span(entry))
 
 
 def _means_some(entry: str) -> bool:
@@ -170,6 +175,14 @@ def _lacking(found: Iterable[Site], target: Target, shape: ModelShape) -> dict[s
         if site.stack is not None:
             touched[site.stack].add(site.layer)
     return {stack: has[stack] - layers for stack, layers in touched.items() if has[stack] - layers}
+
+
+def _hiding(entry: str, target: Target, shape: ModelShape, touched: Container[str | None] = ()) -> list[str]:
+    """The matrices outside some stacks that may hold a role, one of query, key and value, together with others."""
+    if entry not in PARTS:
+        return []
+    inside = (site for site in shape.sites if site.stack is not None and _in_layers(site, target.layers))
+    return list(dict.fromkeys(s.matrix for s in inside if s.stack not in touched and is_fused(s.matrix)))
 
 
 def _removed(entry: str, shape: ModelShape, inside: Iterable[Site]) -> list[Site]:

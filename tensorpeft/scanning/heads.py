@@ -31,7 +31,16 @@ def _told(path: str, modules: Mapping[str, nn.Module], keys: tuple[str, ...]) ->
     """The first of some keys in the config of the innermost module around a path that has any of them."""
     while True:
         config: Any = getattr(modules[path], "config", None)
-        found = next((getattr(config, key) for key in keys if isinstance(getattr(config, key, None), int)), None)
+        found = next((number for key in keys if (number := _number(config, key))), None)
         if found or not path:
             return found
         path = path.rpartition(".")[0]
+
+
+def _number(config: Any, key: str) -> int | None:
+    """A number of a config; None if it has none, or refuses to tell one for all of its layers."""
+    try:
+        number = getattr(config, key, None)
+    except Exception:  # a class of transformers' own, no AttributeError
+        return None
+    return number if isinstance(number, int) else None

@@ -85,7 +85,8 @@ def _experts(path: str, module: Any, name: str, shape: tuple[int, ...]) -> Itera
     transposed = bool(getattr(module, "is_transposed", False))
     experts, *sides = shape
     d_out, d_in = reversed(sides) if transposed else sides
-    parts: dict[str | None, Rows | None] = {None: None}
+    role = name.removesuffix("_proj")
+    parts: dict[str | None, Rows | None] = {role if role in ("gate", "up", "down") else None: None}
     if "gate_up" in name and d_out % 2 == 0:
         half = (d_out // 2, d_out) if getattr(module, "is_concatenated", True) else (1, 2)
         parts = {"gate": Rows(0, *half), "up": Rows(half[0], *half)}

@@ -6,9 +6,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from tensorpeft.language.errors import ModelError, clip
 from tensorpeft.network.architecture import Architecture, architecture, families, together
+from tensorpeft.network.naming import has_roles
 from tensorpeft.network.shapes import Linear, ModelShape, Site
 from tensorpeft.network.sites import resolve
 from tensorpeft.runtime.adapter import Adapter
@@ -28,33 +32,50 @@ def scan(model: nn.Module) -> ModelShape:
     Adapters that the model has already are no part of it.
 
     Raises:
-        ModelError: a module does not have the sides that the config says, or the config makes no sense.
+        ModelError: it is no torch model, a module does not have the sides that the config says, or the config makes no sense.
     """
+    _refuse(model)
     adapters = [module for module in model.modules() if isinstance(module, Adapter)]
     own = {id(module) for adapter in adapters for module in adapter.modules()}
     modules = {path: module for path, module in model.named_modules() if id(module) not in own}
-    known = _architecture(modules)
-    sites = resolve(_linears(modules, known), known)
-    if known is None:
-        sites = tuple(with_heads(site, modules) for site in sites)
+    found = _linears(modules)
+    known = _architecture(modules, found)
+    sites = resolve([linear.read() if _is_read(linear, modules, known) else linear for linear in found], known)
+    sites = tuple(site if known and known.find(site.path) else with_heads(site, modules) for site in sites)
     sizes = known.sizes if known else _sizes(sites)
-    found = parameters(modules, head_of(modules, sites, dict(sizes)))
+    of_base = parameters(modules, head_of(modules, sites, dict(sizes)))
     return ModelShape(
         name=type(model).__name__,
         sites=sites,
         sizes=sizes,
-        n_parameters=sum(parameter.count for parameter in found),
+        n_parameters=sum(parameter.count for parameter in of_base),
         family=known.family if known else None,
         model_class=type(model).__name__,
-        parameters=found,
+        parameters=of_base,
     )
 
 
-def _linears(modules: Mapping[str, nn.Module], known: Architecture | None) -> list[Linear]:
+def _refuse(model: object) -> None:
+    """What is no torch model, or none yet, or none any more."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"expected a torch model, found {clip(repr(model))} of type `{type(model).__name__}`")
+    for path, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise ModelError(
+                f"`{path}` is a module of TorchScript, which cannot be adapted; compile the model afterwards"
+            )
+        if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
+            raise ModelError(
+                f"`{path}` ({type(module).__name__}) has no weight yet; call the model once, then adapt it"
+            )
+
+
+def _linears(modules: Mapping[str, nn.Module]) -> list[Linear]:
+    """The weights that act as matrices; one without any numbers is none."""
     attentions = [module for module in modules.values() if isinstance(module, nn.MultiheadAttention)]
     apart = {id(module.out_proj) for module in attentions}  # its weight is one that the attention reads
-    found = [linear for path, module in modules.items() if id(module) not in apart for linear in linears(path, module)]
-    return [linear.read() if _is_read(linear, modules, known) else linear for linear in found]
+    found = (linear for path, module in modules.items() if id(module) not in apart for linear in linears(path, module))
+    return [linear for linear in found if linear.d_out and linear.d_in]
 
 
 def _is_read(linear: Linear, modules: Mapping[str, nn.Module], known: Architecture | None) -> bool:
@@ -67,16 +88,31 @@ def _is_read(linear: Linear, modules: Mapping[str, nn.Module], known: Architectu
     return name in read_modules(reader)
 
 
-def _architecture(modules: Mapping[str, nn.Module]) -> Architecture | None:
-    """What the config of the model says; or those of the outermost modules with a known config."""
-    known = families()
-    outermost: dict[str, Any] = {}  # by the start of the paths inside
+def _architecture(modules: Mapping[str, nn.Module], found: Iterable[Linear]) -> Architecture | None:
+    """What the config of the model says; or those of the outermost modules with a known config.
+
+    The latter's names stand before the roles where there are several, or other modules that have roles by common names too.
+    """
+    outermost: dict[str, dict[str, Any]] = {}  # by the start of the paths inside
     for name, module in modules.items():
-        config = getattr(module, "config", None)
-        if getattr(config, "model_type", None) in known and not name.startswith(tuple(outermost)):
+        if not name.startswith(tuple(outermost)) and (config := _known_config(module)):
             outermost[f"{name}." if name else ""] = config
-    found = {start.removesuffix("."): architecture(config.to_dict()) for start, config in outermost.items()}
-    return together(found) if len(found) > 1 else next(iter(found.values()), None)
+    known = {start.removesuffix("."): architecture(config) for start, config in outermost.items()}
+    if not known or "" in known:
+        return known.get("")
+    others = [linear for linear in found if not linear.path.startswith(tuple(outermost))]
+    roles = {matrix.role for each in known.values() for matrix in each.matrices}
+    clash = not roles.isdisjoint(linear.name for linear in others)
+    return together(known, named=len(known) > 1 or clash or has_roles(others))
+
+
+def _known_config(module: nn.Module) -> dict[str, Any] | None:
+    """The config of a module, if its family has a table."""
+    config: Any = getattr(module, "config", None)
+    if getattr(config, "model_type", None) not in families():
+        return None
+    told: dict[str, Any] = config.to_dict()
+    return told if told.get("model_type") in families() else None
 
 
 def _sizes(sites: Iterable[Site]) -> tuple[tuple[str, int], ...]:

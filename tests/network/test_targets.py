@@ -129,8 +129,9 @@ def test_exclude():
 
 def test_a_plain_model_has_the_names_of_its_paths():
     shape = plain(*(f"blocks.{n}.{m}" for n in range(2) for m in ("self.q", "self.o", "cross.q")), "head")
-    assert keys(["all-linear"], shape=shape) == grid(["self.q", "o", "cross.q"], range(2))
-    assert keys(["q"], shape=shape) == grid(["self.q", "cross.q"], range(2))
+    names = ["self.query", "out", "cross.query"]
+    assert keys(["all-linear"], shape=shape) == grid(names, range(2))
+    assert keys(["q"], shape=shape) == keys(["query"], shape=shape) == grid(["self.query", "cross.query"], range(2))
 
 
 def test_a_plain_model_without_layers_is_adapted_whole():
@@ -148,7 +149,7 @@ def test_the_first_number_that_varies_is_the_layer():
 
 def test_the_number_behind_experts_is_the_expert():
     shape = plain(*(f"tower.0.layers.{n}.experts.{e}.up" for n in range(2) for e in range(2)))
-    assert keys(["up"], shape=shape) == [("up", layer, expert) for layer in range(2) for expert in range(2)]
+    assert keys(["up"], shape=shape) == [("experts.up", layer, expert) for layer in range(2) for expert in range(2)]
 
 
 def test_a_pattern_says_which_number_is_the_layer_and_which_part_the_matrix():
@@ -220,9 +221,9 @@ def test_a_matrix_that_some_layers_lack():
         "spec.yaml:1:1: `q` is missing in layers 0, 2 of `layers`; "
         "restrict `layers:` to those that have it, or write `*.q` for all that there are\n"
     )
-    assert keys(["q"], [], (1, 3), shape=HYBRID) == [("q", 1), ("q", 3)]
-    assert keys(["*.q"], shape=HYBRID) == [("q", 1), ("q", 3)]
-    assert keys(["layers.1.attn.q"], shape=HYBRID) == [("q", 1)]
+    assert keys(["q"], [], (1, 3), shape=HYBRID) == [("query", 1), ("query", 3)]
+    assert keys(["*.q"], shape=HYBRID) == [("query", 1), ("query", 3)]
+    assert keys(["layers.1.attn.q"], shape=HYBRID) == [("query", 1)]
     assert len(keys(["all-linear"], shape=HYBRID)) == 6
 
 

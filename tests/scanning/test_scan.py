@@ -156,10 +156,10 @@ def test_a_plain_model():
     assert [(site.module, *site.key, site.d_out, site.d_in) for site in shape.sites] == [
         ("embed", "embed", 0, 8, 10),
         ("head", "head", 0, 10, 8),
-        ("blocks.0.attn.q", "q", 0, 8, 8),
-        ("blocks.1.attn.q", "q", 1, 8, 8),
-        ("blocks.0.attn.o", "o", 0, 8, 8),
-        ("blocks.1.attn.o", "o", 1, 8, 8),
+        ("blocks.0.attn.q", "query", 0, 8, 8),
+        ("blocks.1.attn.q", "query", 1, 8, 8),
+        ("blocks.0.attn.o", "out", 0, 8, 8),
+        ("blocks.1.attn.o", "out", 1, 8, 8),
         ("blocks.0.mlp.0", "mlp.0", 0, 16, 8),
         ("blocks.1.mlp.0", "mlp.0", 1, 16, 8),
         ("blocks.0.mlp.2", "mlp.2", 0, 8, 16),
@@ -294,7 +294,7 @@ def test_keys_and_values_of_other_widths():
 def test_experts_in_a_list():
     model = nn.ModuleDict({"layers": nn.ModuleList(nn.ModuleDict({"experts": experts(3)}) for _ in range(2))})
     assert places(model) == [
-        (f"layers.{layer}.experts.{expert}.{name}", name, layer, expert, "linear", 4, 8)
+        (f"layers.{layer}.experts.{expert}.{name}", f"experts.{name}", layer, expert, "linear", 4, 8)
         for name in ("w1", "w2")
         for layer in range(2)
         for expert in range(3)

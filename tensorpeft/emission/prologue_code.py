@@ -20,6 +20,7 @@ from torch.fx.node import Argument
 
 from tensorpeft.emission import ops
 from tensorpeft.emission.index import Index
+from tensorpeft.emission.module import module
 from tensorpeft.emission.strand import Piece
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.network import Block, Group, Operand, Term
@@ -59,7 +60,7 @@ class PrologueCode:
 
     def finish(self) -> fx.GraphModule:
         self.graph.output(tuple(self._outputs))
-        return fx.GraphModule({}, self.graph, "Prologue")
+        return module(self.graph, "Prologue")
 
     # Parts and stacks
 

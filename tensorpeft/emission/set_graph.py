@@ -9,6 +9,7 @@ from torch import fx
 from torch.fx.node import Argument
 
 from tensorpeft.emission import ops
+from tensorpeft.emission.module import module
 from tensorpeft.emission.named import Code, Modes, Named
 from tensorpeft.emission.set_kind import SetKind
 from tensorpeft.emission.strand_code import ROW, Given, StrandCode
@@ -71,7 +72,7 @@ class SetGraph:
 
     def finish(self, outputs: Argument, returns: tuple[str, ...], name: str) -> Function:
         self.code.graph.output(outputs)
-        code = fx.GraphModule({}, self.code.graph, name)
+        code = module(self.code.graph, name)
         return Function(code, tuple(self.takes), returns, self.code.sizes.read)
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from tensorpeft.emission.emit import taken
+from tensorpeft.emission.module import module
 from tensorpeft.emission.named import Code
 from tensorpeft.emission.prologue_code import PrologueCode
 from tensorpeft.emission.strand import Strand, strands
@@ -92,7 +93,7 @@ def _code(strand: Strand) -> fx.GraphModule:
     node = code.grouped(tensor, groups)
     node = code.call("squeeze", node, 0) if strand.by_task else node
     code.graph.output(node if strand.alpha == 1 else code.call(torch.mul, node, strand.alpha))
-    return fx.GraphModule({}, code.graph, "Update")
+    return module(code.graph, "Update")
 
 
 def _positions(term: Term, site: Site, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.autograd import Variable
-from torch.autograd.function import once_differentiable
+
+from tensorpeft.language.errors import AdapterError
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +61,19 @@ def recorded(
 def is_traced() -> bool:
     """Whether a compiler or a transform of torch.func follows what is done; then autograd's own formulas are used."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def refuse_twice() -> None:
+    """To be called in a backward pass, which records its own steps where someone wants to differentiate them too.
+
+    Raises:
+        AdapterError: it does. ``once_differentiable`` refuses later, and not where a gradient is zero so far.
+    """
+    if torch.is_grad_enabled():
+        raise AdapterError(
+            "an adapter's gradients cannot be differentiated again, found `create_graph=True`; `torch.func.grad` inside "
+            "another can, as it follows every step"
+        )
 
 
 def stacked(code: Any, dtype: torch.dtype, device: torch.device, factors: Any, indices: Any) -> tuple[Tensor, ...]:
@@ -148,7 +162,6 @@ class _Token(torch.autograd.Function):
         return factors[0].new_empty(())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
         ctx.gradients.check()
         found = ctx.gradients.take()

@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from tensorpeft.emission.emit import SetCall
-from tensorpeft.runtime.prologue import Stacks, is_traced
+from tensorpeft.runtime.prologue import Stacks, is_traced, refuse_twice
 
 Given = dict[str, Any]
 
@@ -102,8 +101,8 @@ class _Common(torch.autograd.Function):
         return tuple(_handle(x, d_out) for d_out in program.kind.d_out)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_twice()
         present = {f"g{module}": gradient for module, gradient in enumerate(outputs) if gradient is not None}
         if not present:
             return None, None, None
@@ -136,6 +135,5 @@ class _Land(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         return gradient, gradient.reshape(ctx.shape), None, None

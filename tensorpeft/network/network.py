@@ -187,7 +187,9 @@ class Term:
         return tuple(dict.fromkeys((*self.d_in, *self.d_out)))
 
     def size(self, modes: Iterable[str]) -> int:
-        return prod(self.sizes[mode] for mode in modes)
+        return prod(
+            [self.sizes[mode] for mode in modes]
+        )  # a list: compilers of forward passes follow no generator here
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.hooks import Attachment
 from tensorpeft.runtime.set_run import SetRun
 from tensorpeft.runtime.spectral import fill_from_weights
+from tensorpeft.runtime.tasks import Tasks
 from tensorpeft.runtime.weights import base_weight, product_of
 
 
@@ -45,7 +46,6 @@ class Adapter(nn.Module):
         self.extras = Extras(extra.path for extra in plan.network.extras)
         self.attachment: Attachment | None = None
         self._enabled = self._alone = True
-        self._ids: Tensor | None = None
         self._merged: merging.Merged | None = None
         self._emit()
         self.reset_parameters()
@@ -135,7 +135,8 @@ class Adapter(nn.Module):
     def tasks(self, ids: Tensor) -> Iterator[None]:  # shape: (batch,), integers
         """Within this context row i of a batch belongs to task ``ids[i]``.
 
-        Under activation checkpointing the backward pass runs the forward again, so it belongs into the context too.
+        It is of the thread that enters it. Under activation checkpointing the backward pass runs the forward again, so it belongs
+        into the context too.
 
         Raises:
             AdapterError: the spec has no task mode, or the ids are not a vector of tasks that exist.
@@ -143,19 +144,8 @@ class Adapter(nn.Module):
         n_tasks = self.spec.tasks
         if n_tasks is None:
             raise AdapterError(f"adapter `{self.name}` has no task mode; tasks() is for specs with `tasks:`")
-        if ids.dim() != 1 or ids.dtype.is_floating_point or ids.dtype == torch.bool:
-            raise AdapterError(
-                f"tasks() found ids of shape {tuple(ids.shape)} and {ids.dtype}, expected (batch,) integers"
-            )
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < n_tasks:
-            raise AdapterError(
-                f"tasks() found ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {n_tasks - 1}"
-            )
-        before, self._ids = self._ids, ids.long()
-        try:
+        with self._tasks.chosen(ids, n_tasks):
             yield
-        finally:
-            self._ids = before
 
     def merge(self, task: int | None = None) -> None:
         """Add dW to the base weights, so that a forward costs what the base's does. ``unmerge`` restores their bits.
@@ -243,6 +233,7 @@ class Adapter(nn.Module):
         if alone != self._alone:
             self._alone = alone
             self._codes.set_alone(alone)
+            self._place()
             self.forget()
 
     def update(self, path: str, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -285,16 +276,15 @@ class Adapter(nn.Module):
         return given
 
     def _checked_ids(self, x: Tensor, site: Site) -> Tensor:
-        if self._ids is None:
+        ids = self._tasks.on(x.device)
+        if ids is None:
             raise AdapterError(
                 f"adapter `{self.name}` has a task mode: call the model within `adapter.tasks(ids)`, "
                 "and backward too where activations are checkpointed"
             )
-        if self._ids.shape[0] != x.shape[0]:
-            raise AdapterError(
-                f"tasks() was given {self._ids.shape[0]} ids, but {site} has a batch of {x.shape[0]} rows"
-            )
-        return self._ids.to(x.device)
+        if ids.shape[0] != x.shape[0]:
+            raise AdapterError(f"tasks() was given {ids.shape[0]} ids, but {site} has a batch of {x.shape[0]} rows")
+        return ids
 
     # Copies: without emitted code and the prologue's results, which follow from the rest
 
@@ -302,13 +292,15 @@ class Adapter(nn.Module):
         self._codes = Codes(self.plan, adapts=self.adapts)
         self._codes.set_alone(self._alone)
         self.apart = Apart(self)
+        self._tasks = Tasks()
         self.forget()
         self._place()
 
     def _place(self) -> None:
         """Put the constants of the code where the factors are: not in a forward, which a compiler may follow."""
         for factor in self.factors.tensors()[:1]:
-            self._codes.main.indices(factor.device)
+            self._codes.place(factor.device)
+            self.apart.place(factor.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)
@@ -316,7 +308,7 @@ class Adapter(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_codes", "_runs", "apart")
+        left_out = ("_codes", "_runs", "_tasks", "apart")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

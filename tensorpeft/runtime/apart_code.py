@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
-from tensorpeft.emission.prologue_code import PrologueCode
+from tensorpeft.emission.index import Index
+from tensorpeft.emission.prologue_code import PrologueCode, Rows
 from tensorpeft.emission.strand import Piece
 from tensorpeft.language.spec import BASE_WEIGHT
 from tensorpeft.network.network import Group, Term
@@ -48,15 +50,18 @@ class ApartCode:
         blocks = {operand.block.name: operand.block for term in group.terms for operand in term.operands}
         planned = GroupPlan(group, self.chains, bundles, 0)
         code = PrologueCode(Plan(replace(plan.network, blocks=tuple(blocks.values())), plan.regime, (planned,), ()))
-        self.stacks = [
-            [code.stack([code.part(group, term, link, _piece(link), bundles)]) for link in each.links]
+        self.tensors = [
+            [_OfSites(*code.stack([code.part(group, term, link, _piece(link), bundles)])) for link in each.links]
             for term, each in zip(group.terms, self.chains, strict=True)
         ]
         self.code: fx.GraphModule = code.finish()
-        self.inputs, self.indices = (
-            tuple(code.inputs),
-            tuple(index for _, index in code.indices.values()),
-        )
+        self.inputs = tuple(code.inputs)
+        self.indices = tuple(index for _, index in code.indices.values())
+
+    def constants(self) -> Iterator[Index]:
+        """What it reads at every call."""
+        yield from self.indices
+        yield from (tensor.index for tensors in self.tensors for tensor in tensors)
 
     @property
     def has_base(self) -> bool:
@@ -69,19 +74,24 @@ class ApartCode:
         device = given[0].device
         indices = tuple(index.on(device) for index in self.indices)
         found = prologue.stacked(self.code, dtype, device, given, indices)
-        for term, each, stacks in zip(self.group.terms, self.chains, self.stacks, strict=True):
-            tensors = tuple(_at_sites(found[stack], of_site) for stack, of_site in stacks)
-            yield Built(term, each, each.sign * self.group.scale, tensors)
+        for term, each, tensors in zip(self.group.terms, self.chains, self.tensors, strict=True):
+            yield Built(term, each, each.sign * self.group.scale, tuple(tensor(found) for tensor in tensors))
 
 
 def _piece(link: Link) -> Piece:
     return Piece(link.operands, tuple((mode,) for mode in link.modes), link.trainable, False)
 
 
-def _at_sites(stack: Tensor, of_site: tuple[int, ...]) -> Tensor:  # shape: (rows, ...) -> (sites, ...)
-    """A tensor for each site, which several may share."""
-    if of_site == tuple(range(len(stack))):
-        return stack
-    if len({*of_site}) == 1:
-        return stack[of_site[0]].expand(len(of_site), *stack.shape[1:])
-    return stack[list(of_site)]
+class _OfSites:
+    """Which stack has the tensors of a link, and which of its rows is each site's; several may share one."""
+
+    def __init__(self, stack: int, rows: Rows) -> None:
+        self.stack, self.rows, self.index = stack, rows, Index.of(np.array(rows))
+
+    def __call__(self, stacks: tuple[Tensor, ...]) -> Tensor:  # shape: (sites, ...)
+        stack = stacks[self.stack]
+        if self.rows == tuple(range(len(stack))):
+            return stack
+        if len({*self.rows}) == 1:
+            return stack[self.rows[0]].expand(len(self.rows), *stack.shape[1:])
+        return stack.index_select(0, self.index.on(stack.device))

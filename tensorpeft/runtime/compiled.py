@@ -60,12 +60,13 @@ class Compiled:
         """
         taken = tuple(factors[name] for name in self.code.inputs)
         state = () if prologue.is_traced() else _state(taken)
-        if (dtype, device, state) not in self._stacks:
+        stacks = self._stacks.get((dtype, device, state))  # another thread may forget them meanwhile
+        if stacks is None:
             indices = self.indices(taken[0].device)[0]
             stacks = prologue.run(self.code.prologue, dtype, device, taken, indices)
-            self._stacks = {key: kept for key, kept in self._stacks.items() if key[-1] == state}
-            self._stacks[dtype, device, state] = stacks
-        return self._stacks[dtype, device, state]
+            kept = {key: kept for key, kept in self._stacks.items() if key[-1] == state}
+            self._stacks = {**kept, (dtype, device, state): stacks}
+        return stacks
 
 
 class Codes:
@@ -99,17 +100,22 @@ class Codes:
         use = regime, self._alone
         if use not in self._made:
             planned = plan(self._plan.network, regime, alone=self._alone)
-            same = (made for made in self._made.values() if made.order == planned.order)
+            same = (made for made in list(self._made.values()) if made.order == planned.order)
             self._made[use] = next(same, None) or Compiled(planned)
         return self._made[use]
 
+    def place(self, device: torch.device) -> None:
+        """Put the constants of a plan that a compiler gets on a device."""
+        self._code(self._plan.regime).indices(device)
+
     def forget(self) -> None:
         """Drop all results on factors alone."""
-        for compiled in self._made.values():
+        for compiled in list(self._made.values()):
             compiled.forget()
 
 
 def _state(factors: tuple[Tensor, ...]) -> tuple[bool | int, ...]:
     """What the prologue's results depend on, beside their dtype and device: what is recorded, and the factors' versions."""
     versions = (-1 if factor.is_inference() else factor._version for factor in factors)
-    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *versions
+    captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # into a graph of its own
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), captured, *versions

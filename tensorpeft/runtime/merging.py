@@ -148,7 +148,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 def _weight(adapter: Adapter, site: Site, owners: dict[int, list[str]]) -> Held:
     module = _model(adapter).get_submodule(site.module)
     weight = held(module, site)
-    if not weight.is_plain:
+    if not (weight.is_plain and isinstance(weight.parameter, nn.Parameter)):
         raise AdapterError(
             f"the weight of `{site.path}` ({type(module).__name__}) is no plain matrix of numbers, "
             "so nothing can be merged into it"

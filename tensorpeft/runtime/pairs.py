@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tensorpeft.emission import ops
+from tensorpeft.emission.index import Index
 from tensorpeft.language.spec import BASE_WEIGHT
 from tensorpeft.network.network import Group
 from tensorpeft.planning.apart import some_sites
@@ -31,6 +33,15 @@ class PairUpdate:
         orders = (tuple(link.operands for link in each.links) for each in planned.chains)
         self.code = ApartCode(adapter.plan, group, orders)
         self.site = group.sites[0]
+        self._indices = [
+            tuple(None if some is None else Index.of(some) for some in (term.columns, term.rows))
+            for term in group.terms
+        ]
+
+    def constants(self) -> Iterator[Index]:
+        """What it reads at every call."""
+        yield from self.code.constants()
+        yield from (index for each in self._indices for index in each if index is not None)
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The output of the module for its input, with the update added."""
@@ -38,19 +49,20 @@ class PairUpdate:
         if self.code.has_base:
             weight = base_weight(self.adapter, module, self.site).to(next(iter(factors.values())))
             factors[BASE_WEIGHT] = weight.unsqueeze(0)
-        for built in self.code(factors, y.dtype):
-            y = self._added(module, built, x, y)
+        for built, (columns, rows) in zip(self.code(factors, y.dtype), self._indices, strict=True):
+            y = self._added(module, built, columns, rows, x, y)
         return y
 
-    def _added(self, module: nn.Module, built: Built, x: Tensor, y: Tensor) -> Tensor:
+    def _added(
+        self, module: nn.Module, built: Built, columns: Index | None, rows: Index | None, x: Tensor, y: Tensor
+    ) -> Tensor:
         """The output with one product added."""
         channel = -1 if self.site.kind == "embedding" else -1 - len(module.kernel_size)  # type: ignore[arg-type]
-        h = self._first(module, _first_matrix(built, self.site.d_in), x, y.dtype).movedim(channel, -1)
+        h = self._first(module, _first_matrix(built, columns, self.site.d_in), x, y.dtype).movedim(channel, -1)
         if len(built.tensors) > 1:
             h = _second(built, h)
-        if built.term.rows is not None:
-            rows = torch.from_numpy(built.term.rows).to(y.device)
-            h = h.new_zeros(*h.shape[:-1], self.site.d_out).index_copy(-1, rows, h)
+        if rows is not None:
+            h = h.new_zeros(*h.shape[:-1], self.site.d_out).index_copy(-1, rows.on(y.device), h)
         return y + h.movedim(-1, channel)
 
     def _first(self, module: Any, matrix: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,7 +77,7 @@ class PairUpdate:
         return convolve(x.to(dtype), weight, None, module.stride, padding, module.dilation)
 
 
-def _first_matrix(built: Built, d_in: int) -> Tensor:  # shape: (features, d_in)
+def _first_matrix(built: Built, columns: Index | None, d_in: int) -> Tensor:  # shape: (features, d_in)
     """What the input meets first; it is zero in columns that masks leave out."""
     term, link, tensor = built.term, built.chain.links[0], built.tensors[0]
     if len(built.tensors) == 1:
@@ -73,10 +85,9 @@ def _first_matrix(built: Built, d_in: int) -> Tensor:  # shape: (features, d_in)
     else:
         order = [link.modes.index(mode) for mode in (*link.new, *term.d_in)]
         matrix = tensor[0].permute(order).reshape(-1, term.size(term.d_in))
-    if term.columns is None:
+    if columns is None:
         return matrix
-    columns = torch.from_numpy(term.columns).to(matrix.device)
-    return matrix.new_zeros(len(matrix), d_in).index_copy(1, columns, matrix)
+    return matrix.new_zeros(len(matrix), d_in).index_copy(1, columns.on(matrix.device), matrix)
 
 
 def _second(built: Built, h: Tensor) -> Tensor:  # shape: (..., features) -> (..., rows)

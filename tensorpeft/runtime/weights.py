@@ -31,8 +31,8 @@ class Held:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is a parameter of plain numbers."""
-        return isinstance(self.parameter, nn.Parameter) and self.parameter.is_floating_point()
+        """Whether it is a tensor of plain numbers: in a replica or a functional call it is no parameter."""
+        return isinstance(self.parameter, Tensor) and self.parameter.is_floating_point()
 
     def matrix(self, stored: Tensor) -> Tensor:  # shape: (..., d_out, d_in)
         """The values of the weight, or others like them, as a matrix; as one for each expert where there are several."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tensorpeft.emission.index import Index
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.language.spec import BASE_WEIGHT
 from tensorpeft.network.network import Group, Term
@@ -32,16 +35,29 @@ class WholeUpdate:
         self.site: Site = sites[0]
         experts = [1 + site.expert for site in sites if site.expert is not None]
         self.shape = (*([max(experts)] if experts else []), self.site.module_d_out, self.site.d_in)
+        self._spreads = [
+            [_spreads(term, code.group.sites, self.shape) for term in code.group.terms] for code in self.codes
+        ]
+
+    def constants(self) -> Iterator[Index]:
+        """What it reads at every call."""
+        for code, spreads in zip(self.codes, self._spreads, strict=True):
+            yield from code.constants()
+            yield from (spread.positions for each in spreads for spread in each)
 
     def matrix(self, module: nn.Module | None) -> Tensor:  # shape: (d_out, d_in), or (experts, d_out, d_in)
         """DW in the factors' dtype, of a weight of a module. It carries gradients where autograd records."""
-        products = [product for code in self.codes for product in self._products(code, module)]
+        products = [
+            product
+            for code, spreads in zip(self.codes, self._spreads, strict=True)
+            for product in self._products(code, spreads, module)
+        ]
         total = products[0]
         for product in products[1:]:
             total = total + product
         return total
 
-    def _products(self, code: ApartCode, module: nn.Module | None) -> list[Tensor]:
+    def _products(self, code: ApartCode, spreads: list[tuple[_Spread, ...]], module: nn.Module | None) -> list[Tensor]:
         """Each product at the sites of one group, zero where it has no sites."""
         factors = {name: self.adapter.factors[name] for name in code.inputs if name != BASE_WEIGHT}
         like = next(iter(factors.values()))
@@ -50,7 +66,13 @@ class WholeUpdate:
                 raise AdapterError(f"adapter `{self.adapter.name}` is not attached to a model, so there is no `W`")
             base = [base_weight(self.adapter, module, site) for site in code.group.sites]
             factors[BASE_WEIGHT] = torch.stack(base).to(like)
-        return [_placed(built.dense(), built.term, code.group.sites, self.shape) for built in code(factors, like.dtype)]
+        found = []
+        for built, each in zip(code(factors, like.dtype), spreads, strict=True):
+            update = built.dense()
+            for spread in each:
+                update = spread(update)
+            found.append(update[0] if len(self.shape) == 2 else update)
+        return found
 
 
 def _parts(adapter: Adapter, path: str) -> list[tuple[Group, tuple[int, ...]]]:
@@ -73,20 +95,27 @@ def _everything(term: Term) -> Order:
     return (tuple(range(len(term.operands))),)
 
 
-def _placed(update: Tensor, term: Term, sites: tuple[Site, ...], shape: tuple[int, ...]) -> Tensor:
-    """An update (sites, rows, columns) where it belongs in the weight's matrices, and zero elsewhere."""
+def _spreads(term: Term, sites: tuple[Site, ...], shape: tuple[int, ...]) -> tuple[_Spread, ...]:
+    """How an update (sites, rows, columns) comes to where it belongs in the weight's matrices, with zero elsewhere."""
     rows = sites[0].row_indices() if term.rows is None else sites[0].row_indices()[term.rows]
-    update = _spread(update, 2, term.columns, shape[-1])
-    update = _spread(update, 1, rows, shape[-2])
-    if len(shape) == 2:
-        return update[0]
-    experts = np.array([site.expert for site in sites])
-    return _spread(update, 0, experts, shape[0])
+    wanted = [(2, term.columns, shape[-1]), (1, rows, shape[-2])]
+    if len(shape) == 3:
+        wanted.append((0, np.array([site.expert for site in sites]), shape[0]))
+    return tuple(
+        _Spread(axis, Index.of(positions), size)
+        for axis, positions, size in wanted
+        if positions is not None and not (len(positions) == size and np.array_equal(positions, np.arange(size)))
+    )
 
 
-def _spread(tensor: Tensor, axis: int, positions: np.ndarray | None, size: int) -> Tensor:
-    """A tensor whose numbers go to some positions of a longer axis."""
-    if positions is None or (len(positions) == size and np.array_equal(positions, np.arange(size))):
-        return tensor
-    empty = tensor.new_zeros([*tensor.shape[:axis], size, *tensor.shape[axis + 1 :]])
-    return empty.index_add(axis, torch.from_numpy(positions).to(tensor.device), tensor)
+@dataclass(frozen=True)
+class _Spread:
+    """The numbers of a tensor go to some positions of a longer axis."""
+
+    axis: int
+    positions: Index
+    size: int
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        empty = tensor.new_zeros([*tensor.shape[: self.axis], self.size, *tensor.shape[self.axis + 1 :]])
+        return empty.index_add(self.axis, self.positions.on(tensor.device), tensor)

@@ -114,6 +114,14 @@ def loretta(factors: Factors, matrix: Matrix, layer: int) -> Tensor:
     return b @ a.T * (16 / a.shape[1])
 
 
+def nola(factors: Factors, matrix: Matrix, layer: int) -> Tensor:
+    """dW = B A with B = sum_j b_j Bs_j and A = A_0 + sum_j a_j As_j, the bases the same for all matrices."""
+    row = matrix.row(lambda other: None)
+    b = sum(number * basis for number, basis in zip(factors["b"][row, layer], factors["Bs"], strict=True))
+    a = sum(number * basis for number, basis in zip(factors["a"][row, layer], factors["As"], strict=True))
+    return b @ (factors["A"][row, layer] + a)
+
+
 FORMULAS: dict[str, Callable[[Factors, Matrix, int], Tensor]] = {
     "lorta": lorta_natural,
     "lorta_peft": lorta_peft,
@@ -122,4 +130,5 @@ FORMULAS: dict[str, Callable[[Factors, Matrix, int], Tensor]] = {
     "fact_tk": fact_tk,
     "lotr": lotr,
     "loretta_rep": loretta,
+    "nola": nola,
 }

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import peft
 import pytest
 import torch
-from peft.tuners.c3a.utils import get_circulant_fast
+from peft.tuners.c3a.utils import BlockCircularConvolution, get_circulant_fast
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ import tensorpeft as tp
 from tensorpeft.network.shapes import Site
 from tests.models import build, inputs, run, widen_norms
 from tests.runtime.reference import modes_at, stored_at
+from tests.runtime.test_oracle import by_formula
 from tests.structures import model
 
 pytestmark = pytest.mark.filterwarnings(
@@ -141,6 +142,18 @@ def c3a_change(layer: nn.Module) -> Tensor:
     return get_circulant_fast(kernel) / layer.in_features
 
 
+def bd_lora(layer: nn.Module) -> Values:
+    """PEFT's r is that of all blocks; the factor that is block-diagonal holds the blocks alone, one below the other."""
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    if a.shape[1] < layer.in_features:
+        return {"C": a.view(BLOCKS, -1, a.shape[1]), "D": b.view(len(b), BLOCKS, -1)}
+    return {"A": a.view(BLOCKS, -1, a.shape[1]), "B": b.view(BLOCKS, -1, b.shape[1])}
+
+
+def bd_lora_change(layer: nn.Module) -> Tensor:
+    return layer.lora_variant["default"]._get_bdlora_delta_weight(layer, "default")
+
+
 @dataclass(frozen=True)
 class Method:
     """A method in both libraries: a spec of the catalogue, a config, and the factors that a layer of PEFT's comes down to."""
@@ -151,7 +164,7 @@ class Method:
     factors: Callable[[nn.Module], Values]
     overrides: dict[str, object] = field(default_factory=dict)
     change: Callable[[nn.Module], Tensor] = lambda layer: layer.get_delta_weight("default")
-    tolerance: float = 1e-12  # of the model's output
+    tolerance: float = 1e-12  # of the output of PEFT's model
 
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]
@@ -160,6 +173,14 @@ CONV1D = ["attn.c_proj", "mlp.c_fc", "mlp.c_proj"]
 TURNED = {
     "update": "B[d_in, r, n] * L[matrix, layer, r, n] * A[r, d_out] * G[matrix, layer, n, d_out]",
     "factors": {"G": {"init": "formula(1 / size(d_out))"}},
+}
+BLOCKS = 4
+BLOCK_DIAGONAL = peft.tuners.lora.config.BdLoraConfig(LINEAR[3::2], [*LINEAR[:3], LINEAR[4]], nblocks=BLOCKS)
+BY_BLOCK = {  # as in the catalogue, for the matrices of the MLP too
+    "query, key, value": None,
+    "out": None,
+    "*": "B[matrix, layer, p, o, r] * A[matrix, layer, p, r, d_in]",
+    "out, down": "D[matrix, layer, d_out, n, r] * C[matrix, layer, n, r, i]",
 }
 BY_INPUT = {"update": "W[d_out, d_in] * v[matrix, layer, d_in]", "factors": {"u": None}}
 METHODS = {
@@ -202,6 +223,14 @@ METHODS |= {
     "ia3, by input": Method("ia3", peft.IA3Config, {"feedforward_modules": CONV1D}, ia3, BY_INPUT, ia3_change),
     "tinylora": Method("tinylora", peft.TinyLoraConfig, {"r": 3, "u": 5}, tinylora, {"rank": {"r": 5, "a": 3}}),
     "c3a": Method("c3a", peft.C3AConfig, {"block_size": 8}, c3a, {"rank": 8}, c3a_change, 1e-6),
+    "bd_lora": Method(
+        "bd_lora",
+        peft.LoraConfig,
+        {"r": 8, "lora_alpha": 5, "use_bdlora": BLOCK_DIAGONAL},
+        bd_lora,
+        {"rank": 2, "alpha": 5, "update": BY_BLOCK},
+        bd_lora_change,
+    ),
 }
 CASES = [
     *((method, "llama", LINEAR) for method in METHODS if not method.startswith(("randlora", "ia3"))),
@@ -245,7 +274,8 @@ def place(adapter: tp.Adapter, values: Callable[[Site], Values]) -> None:
     references = {f.factor: f for product in adapter.spec.update.products for f in product.factors}
     for site in adapter.sites:
         for name, value in values(site).items():
-            stored_at(adapter, tensors, references[name], site, modes_at(adapter, site)).copy_(value)
+            own = stored_at(adapter, tensors, references[name], site, modes_at(adapter, site))
+            own.copy_(value.reshape(own.shape))  # a side that is split has its parts here
     adapter.forget()
 
 
@@ -257,12 +287,14 @@ def compare(architecture: str, name: str, modules: list[str], part: Callable[[Si
     theirs = layers(other)
     assert {site.module for site in adapter.sites} == set(theirs)
     place(adapter, lambda site: part(site, method.factors(theirs[site.module])))
-    for path, layer in theirs.items():
-        expected = method.change(layer)
-        expected = expected.T if architecture == "gpt2" else expected
+    changes = {path: method.change(layer) for path, layer in theirs.items()}
+    changes = {path: change.T if architecture == "gpt2" else change for path, change in changes.items()}
+    for path, expected in changes.items():
         assert (adapter.delta(path) - expected).norm() <= 1e-12 * expected.norm(), path
-    with torch.no_grad():
-        ours, truth = run(base, x), run(other, x)
+    plain = model(architecture)
+    with torch.no_grad(), by_formula(plain, changes):
+        ours, truth, exact = run(base, x), run(other, x), run(plain, x)
+    assert (ours - exact).norm() <= 1e-12 * exact.norm()
     assert (ours - truth).norm() <= method.tolerance * truth.norm()
     with adapter.disabled(), torch.no_grad():
         assert not torch.allclose(run(base, x), truth, rtol=1e-4)
@@ -280,6 +312,44 @@ def test_lora_on_a_fused_module_is_three_matrices_of_one_a() -> None:
         return {"A": values["A"], "B": values["B"][torch.from_numpy(site.row_indices())]}
 
     compare("gpt2", "lora", ["c_attn"], thirds)
+
+
+def test_c3a_s_convolution_in_float64() -> None:
+    """PEFT's layer rounds to float32 before it convolves; its convolution does not."""
+    adapter = tp.attach(model("llama"), tp.load_spec("c3a", rank=8, matrices=LINEAR))
+    generator = torch.Generator().manual_seed(4)
+    kernels: Values = {
+        s.module: torch.randn(s.d_out // 8, s.d_in // 8, 8, generator=generator).double() for s in adapter.sites
+    }
+    place(adapter, lambda site: {"w": kernels[site.module]})
+    for site in adapter.sites:
+        x = torch.randn(3, site.d_in, generator=generator, dtype=torch.float64)
+        theirs = BlockCircularConvolution.apply(x, kernels[site.module]) / site.d_in
+        assert (x @ adapter.delta(site.module).T - theirs).norm() <= 1e-12 * theirs.norm()
+
+
+def test_mica_starts_as_in_peft() -> None:
+    """B is the same, up to signs and float32, and only A is trained; with numbers in A, dW and the output are PEFT's."""
+    config = peft.LoraConfig(r=4, lora_alpha=4, init_lora_weights="mica", target_modules=LINEAR)
+    other = peft.get_peft_model(build("llama"), config).base_model.model
+    other = widen_norms(other.double().eval())
+    base, x, generator = model("llama"), inputs("llama"), torch.Generator().manual_seed(4)
+    adapter = tp.attach(base, tp.load_spec("mica", rank=4, alpha=4, matrices=LINEAR))
+    theirs = {path: lora(layer) for path, layer in layers(other).items()}
+    assert {name for name, _ in adapter.factors.named_parameters()} == {"A_d_in64", "A_d_in96"}
+    for path, pair in theirs.items():
+        assert [tensor.requires_grad for tensor in (pair["A"], pair["B"])] == [True, False]
+        ours, theirs_at = (b @ b.T for b in (factor_at(adapter, path, "B"), pair["B"]))
+        assert (ours - theirs_at).norm() <= 1e-4 * theirs_at.norm()
+        assert not pair["A"].any()
+        pair["A"].data = torch.randn(pair["A"].shape, generator=generator, dtype=torch.float64) * 0.3
+    place(adapter, lambda site: theirs[site.module])
+    for path, layer in layers(other).items():
+        expected = layer.get_delta_weight("default")
+        assert (adapter.delta(path) - expected).norm() <= 1e-12 * expected.norm(), path
+    with torch.no_grad():
+        ours, truth = run(base, x), run(other, x)
+    assert (ours - truth).norm() <= 1e-12 * truth.norm()
 
 
 @pytest.mark.parametrize("spec", ["pissa", "olora"])
@@ -314,8 +384,12 @@ def test_a_start_from_the_weight_equals_peft(spec: str) -> None:
 
 def began(adapter: tp.Adapter, path: str) -> Tensor:
     """The product that our pair starts from at a module."""
+    return factor_at(adapter, path, "B0") @ factor_at(adapter, path, "A0")
+
+
+def factor_at(adapter: tp.Adapter, path: str, name: str) -> Tensor:
+    """What a factor has for a module."""
     (site,) = (site for site in adapter.sites if site.module == path)
     references = {f.factor: f for product in adapter.spec.update.products for f in product.factors}
-    tensors, modes = dict(adapter.factors.state_dict()), modes_at(adapter, site)
-    b, a = (stored_at(adapter, tensors, references[name], site, modes) for name in ("B0", "A0"))
-    return b @ a
+    tensors = {block.name: adapter.factors[block.name] for block in adapter.network.blocks}
+    return stored_at(adapter, tensors, references[name], site, modes_at(adapter, site)).detach()

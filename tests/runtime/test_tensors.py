@@ -24,6 +24,7 @@ CASES = [
     ),
     *((name, "gpt2", {"matrices": [*ATTENTION, "fc1", "fc2"]}) for name in ("fact_tt", "fact_tk", "lotr")),
     *((name, "bert", {"matrices": ATTENTION}) for name in ("fact_tt", "fact_tk")),
+    ("nola", "gpt2", {"matrices": ATTENTION, "rank": {"r": 5, "m": 7, "s": 2}}),
     *(("loretta_rep", architecture, {"matrices": ATTENTION, **SPLIT}) for architecture in ("llama", "gpt2")),
 ]
 
@@ -52,7 +53,7 @@ def test_equals_the_formula(name: str, architecture: str, overrides: dict[str, o
     base, x = model(architecture), inputs(architecture)
     adapter = tp.attach(base, tp.load_spec(name, **overrides))
     enliven(adapter)
-    leaves = {n: f.detach().clone().requires_grad_() for n, f in named_factors(adapter).items()}
+    leaves = {n: f.detach().clone().requires_grad_(f.requires_grad) for n, f in named_factors(adapter).items()}
     dense = formula(adapter, leaves)
     for path, change in dense.items():
         assert (adapter.delta(path) - change).norm() <= 1e-12 * change.norm(), path

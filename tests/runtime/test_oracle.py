@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import defaultdict
 from collections.abc import Callable
-from statistics import median
+from statistics import geometric_mean, median
 
 import pytest
 import torch
@@ -98,6 +98,20 @@ def errors(found: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, floa
     }
 
 
+def hold_roundings(mine: dict[str, list[float]], its: dict[str, list[float]]) -> None:
+    """Hold relative errors of several draws to those of the formula: each tensor's median, and the mean of all.
+
+    The root mean square of a few draws would say nothing: a gradient that happens to be nearly zero has a large relative error,
+    however it is computed. Of LoRTA's `A_matrix` on GPT-2, in 240 draws, four in a row have more than 1.5 times the formula's in
+    7 % of cases, to 2.4 at most, and the first four to 1.84; yet the geometric mean is 0.82 of the formula's. When every site ran
+    by itself these were 5 %, 1.8, 1.45 and 0.79. The mean over all tensors and draws would tell of a loss of a tenth.
+    """
+    ratios = {name: median(mine[name]) / median(its[name]) for name in mine}
+    assert max(ratios.values()) <= 1.5, ratios
+    every = [ours / theirs for name in mine for ours, theirs in zip(mine[name], its[name], strict=True)]
+    assert geometric_mean(every) <= 1.05, geometric_mean(every)
+
+
 def named_factors(adapter: tp.Adapter) -> dict[str, Tensor]:
     return {block.name: adapter.factors[block.name] for block in adapter.network.blocks}
 
@@ -144,7 +158,6 @@ def test_equals_the_formula_in_float64(architecture: str, spec: str) -> None:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("spec", SPECS)
 def test_in_bfloat16_no_worse_than_the_formula(architecture: str, spec: str) -> None:
-    """Errors against float64, medians over draws: one draw of a small gradient is noise."""
     model, adapter = attached(architecture, spec, torch.bfloat16)
     wide = widen_norms(build(architecture, torch.bfloat16)).double()  # the same weights, as bfloat16 rounded them
     mine: dict[str, list[float]] = defaultdict(list)
@@ -160,5 +173,4 @@ def test_in_bfloat16_no_worse_than_the_formula(architecture: str, spec: str) -> 
         ):
             for name, error in errors(found, truth).items():
                 of_draws[name].append(error)
-    ratios = {name: median(mine[name]) / median(its[name]) for name in mine}
-    assert max(ratios.values()) <= 1.5, ratios
+    hold_roundings(mine, its)

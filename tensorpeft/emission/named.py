@@ -133,6 +133,19 @@ class Code:
         node = self._permute(self._split(tensor, single), [tensor.modes.index(mode) for mode in wanted])
         return self.once("reshape", node, self._shape(groups))
 
+    def regrouped(self, tensor: Named, groups: Sequence[Modes]) -> Named:
+        """The same, and where memory jumps in it: behind every axis, if it is a view in another order."""
+        groups = tuple(groups)
+        at = [self._run(tensor, group) for group in groups]
+        ends = [tensor.modes.index(group[-1]) + 1 for group in groups]
+        if None in at:
+            gaps: Iterable[int] = ()
+        elif ends == sorted(ends):
+            gaps = (n for n, end in enumerate(ends) if end in tensor.cuts)
+        else:
+            gaps = range(len(groups) - 1)
+        return Named(self.grouped(tensor, groups), groups, frozenset(gaps))
+
     def arranged(self, a: Named, b: Named, keep: Iterable[str], *, each_site: bool = False) -> Named:
         """The tensor ``a``, copied if it does not lie in memory like its product with ``b`` wants it (at each site by itself)."""
         x, y = (one_site(a), one_site(b)) if each_site else (a, b)
@@ -142,7 +155,7 @@ class Code:
             return a
         if each_site and SITE in a.modes:
             groups = ((SITE,), *groups)
-        return Named(self.grouped(a, groups), groups)
+        return self.regrouped(a, groups)
 
     def _run(self, tensor: Named, group: Modes) -> int | None:
         """Where a group of modes lies in memory, if its modes lie there one after the other."""

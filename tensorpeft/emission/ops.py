@@ -68,10 +68,10 @@ def dropout(x: Tensor, p: float, training: bool) -> tuple[Tensor, Tensor | None]
 
 
 def undrop(gradient: Tensor, mask: Tensor | None, p: float) -> Tensor:
-    """The gradient of dropout."""
-    if mask is None:
-        return gradient
-    return torch.ops.aten.native_dropout_backward(gradient, mask, 1 / (1 - p))
+    """The gradient of dropout, contiguous."""
+    if mask is not None:
+        gradient = torch.ops.aten.native_dropout_backward(gradient, mask, 1 / (1 - p))
+    return gradient.contiguous()
 
 
 def equation(inputs: Sequence[tuple[object, ...]], output: tuple[object, ...]) -> str:

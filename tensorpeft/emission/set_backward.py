@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import fx
@@ -97,24 +98,23 @@ class Backward:
             emitted.back(run, last, dx)
         self._finish(number, emitted)
         if dx is not None:
-            node = self.code.grouped(dx.found, (*self.forward.lead, strand.d_in))
-            self._put_x(number, strand, node)
+            self._put_x(number, strand, self.code.regrouped(dx.found, (*self.forward.lead, strand.d_in)))
 
     def _slot_of_x(self, strand: Strand) -> Slot:
         modes = (*self.dx.modes[:-1], *strand.d_in)
         if self.dx.named is None or strand.columns:
             return Slot(self.code, modes)
-        return Slot(self.code, modes, Named(self.dx.named.node, (*self.dx.named.axes[:-1], strand.d_in)), filled=True)
+        return Slot(self.code, modes, replace(self.dx.named, axes=(*self.dx.named.axes[:-1], strand.d_in)), filled=True)
 
-    def _put_x(self, number: int, strand: Strand, node: fx.Node) -> None:
+    def _put_x(self, number: int, strand: Strand, part: Named) -> None:
         if strand.columns:
             if self.dx.named is None:
-                self.dx.named = self.code.empty(node, self.dx.modes)
+                self.dx.named = self.code.empty(part.node, self.dx.modes)
                 self.code.call("zero_", self.dx.named.node)
             whole = self.code.grouped(self.dx.named, (*self.forward.lead, (INPUT,)))
-            self.code.call("index_add_", whole, -1, self.graph.take(f"columns{number}"), node)
+            self.code.call("index_add_", whole, -1, self.graph.take(f"columns{number}"), part.node)
         elif self.dx.named is None:
-            self.dx.named = Named(node, (*self.forward.lead, (INPUT,)))
+            self.dx.named = replace(part, axes=(*self.forward.lead, (INPUT,)))
         self.dx.filled = True
 
     def _head(self, head: Head) -> None:
@@ -145,7 +145,7 @@ class Backward:
             self._finish(number, emitted)
             if whole is None:
                 axes = (*self.forward.lead, self.kind.strands[number].met[0].pieces[0].axes[0])
-                whole = Named(self.code.grouped(into.found, axes), (*self.forward.lead, (HEAD,)))
+                whole = replace(self.code.regrouped(into.found, axes), axes=(*self.forward.lead, (HEAD,)))
         assert whole is not None
         self._head_back(head, whole)
 

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from errno import EPIPE
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,12 +43,16 @@ T = TypeVar("T")
 
 class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        """What this library refuses is the user's to mend: told without a traceback, exit code 2."""
+        """What this library refuses is the user's to mend, exit code 2; a full disk is not, 1. Both are told without a traceback."""
         try:
             return super().invoke(ctx)
         except TensorpeftError as refusal:
             click.echo(refusal, err=True)
             ctx.exit(2)
+        except OSError as reason:
+            if reason.errno == EPIPE:  # click knows what to do
+                raise
+            raise click.ClickException(reason.strerror or str(reason)) from None
 
 
 def _budgets(ctx: click.Context, param: click.Parameter, given: str | None) -> tuple[int, ...]:

@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 import tomllib
+from errno import ENOSPC
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 import tensorpeft
+from tensorpeft import cli
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,3 +94,12 @@ def test_python_dash_m():
     command = [sys.executable, "-m", "tensorpeft", "--version"]
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert shown == f"tensorpeft, version {tensorpeft.__version__}\n"
+
+
+def test_a_full_disk_is_told_without_a_traceback(monkeypatch):
+    def full(*args, **options):
+        raise OSError(ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli, "_deliver", full)
+    done = CliRunner().invoke(cli.main, ["catalogue"])
+    assert (done.exit_code, done.stderr) == (1, "Error: No space left on device\n")

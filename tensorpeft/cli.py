@@ -43,7 +43,7 @@ T = TypeVar("T")
 
 class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        """What this library refuses is the user's to mend, exit code 2; a full disk is not, 1. Both are told without a traceback."""
+        """What this library refuses is the user's to mend: told without a traceback, exit code 2. So is a full disk, but 1."""
         try:
             return super().invoke(ctx)
         except TensorpeftError as refusal:

@@ -1,4 +1,4 @@
-"""What modules are mostly called, and which role that is (``specs/models/conventions/roles.yaml``)."""
+"""What modules are mostly called, and which role that is (``specs/models/conventions``)."""
 
 from __future__ import annotations
 
@@ -30,6 +30,13 @@ def with_roles(layer: Iterable[str], modules: Collection[str]) -> dict[str, str]
 def is_fused(matrix: str) -> bool:
     """Whether a matrix is called what several of query, key and value together mostly are."""
     return any(end in _table()["fused"] for _, end in _cuts(matrix))
+
+
+@cache
+def fused_layouts() -> list[dict[str, Any]]:
+    """How classes cut fused weights: the ``order`` of parts, ``blocks``, and by the module's name the classes it is ``of``."""
+    layouts: Any = read_yaml(data_folder("specs") / "models" / "conventions" / "fused.yaml")
+    return list(layouts)
 
 
 def _attentions(modules: Collection[str]) -> Iterator[tuple[str, str]]:

@@ -55,8 +55,11 @@ class Linear:
 
     @property
     def name(self) -> str:
-        """The path that it is named by where no family does."""
-        return self.path if self.part is None else f"{self.module}.{self.part}".removeprefix(".")
+        """The path that it is named by where no family does; that of a module's part is beside the module."""
+        if self.part is None:
+            return self.path
+        owner = self.module if self.parameter is not None else self.module.rpartition(".")[0]
+        return f"{owner}.{self.part}".removeprefix(".")
 
     @property
     def is_module(self) -> bool:

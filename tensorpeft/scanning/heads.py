@@ -10,7 +10,7 @@ from torch import nn
 
 from tensorpeft.network.shapes import Site
 
-_HEADS = ("num_attention_heads",)
+_HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 _KEYS = ("num_key_value_heads", *_HEADS)
 _OF_ROLE = {"query": ("d_out", _HEADS), "key": ("d_out", _KEYS), "value": ("d_out", _KEYS), "out": ("d_in", _HEADS)}
 

@@ -16,6 +16,7 @@ from tensorpeft.network.naming import has_roles
 from tensorpeft.network.shapes import Linear, ModelShape, Site
 from tensorpeft.network.sites import resolve
 from tensorpeft.runtime.adapter import Adapter
+from tensorpeft.scanning.fused import parts
 from tensorpeft.scanning.heads import with_heads
 from tensorpeft.scanning.matrices import linears
 from tensorpeft.scanning.parameters import head_of, parameters
@@ -74,8 +75,8 @@ def _linears(modules: Mapping[str, nn.Module]) -> list[Linear]:
     """The weights that act as matrices; one without any numbers is none."""
     attentions = [module for module in modules.values() if isinstance(module, nn.MultiheadAttention)]
     apart = {id(module.out_proj) for module in attentions}  # its weight is one that the attention reads
-    found = (linear for path, module in modules.items() if id(module) not in apart for linear in linears(path, module))
-    return [linear for linear in found if linear.d_out and linear.d_in]
+    whole = (linear for path, module in modules.items() if id(module) not in apart for linear in linears(path, module))
+    return [part for linear in whole if linear.d_out and linear.d_in for part in parts(linear, modules)]
 
 
 def _is_read(linear: Linear, modules: Mapping[str, nn.Module], known: Architecture | None) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from functools import cache, cached_property, lru_cache, partial
 from typing import Any, TypeVar
 
+from tensorpeft.emission.set_backward import Backward
 from tensorpeft.emission.set_code import SetCode
 from tensorpeft.emission.set_graph import Function
 from tensorpeft.emission.set_kind import SetKind
@@ -41,7 +42,9 @@ class SetProgram:
         return tuple(landing(module) for module in range(len(self.kind.modules)))
 
     def _backward(self, present: frozenset[int], *, to_x: bool, to_pieces: bool) -> Function:
-        make = partial(self._code.backward, present=present, to_x=to_x, to_pieces=to_pieces)
+        def make(kind: SetKind) -> Function:
+            return Backward(self._code, kind, present, to_x=to_x, to_pieces=to_pieces).function()
+
         return _shared(self.kind, (self._code, present, to_x, to_pieces), make)
 
 

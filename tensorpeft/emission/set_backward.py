@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from torch import fx
 
 from tensorpeft.emission import ops
 from tensorpeft.emission.named import Named
+from tensorpeft.emission.set_code import SetCode
 from tensorpeft.emission.set_graph import HEAD, INPUT, Function, SetGraph, rows_of
 from tensorpeft.emission.set_kind import Head, Place, SetKind
 from tensorpeft.emission.strand import Strand
 from tensorpeft.emission.strand_code import Run, Slot, StrandCode
 
-if TYPE_CHECKING:
-    from tensorpeft.emission.set_code import SetCode
-
 
 class Backward:
-    """The backward pass of an input set, in one graph."""
+    """From the gradients of the modules in ``present`` to that of x, and to those of the pieces, in one graph."""
 
     def __init__(
         self, forward: SetCode, kind: SetKind, present: frozenset[int], *, to_x: bool, to_pieces: bool

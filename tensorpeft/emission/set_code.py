@@ -19,7 +19,6 @@ from torch import fx
 
 from tensorpeft.emission import ops
 from tensorpeft.emission.named import Code, Modes, Named
-from tensorpeft.emission.set_backward import Backward
 from tensorpeft.emission.set_graph import HEAD, INPUT, Function, SetGraph, rows_of
 from tensorpeft.emission.set_kind import Head, Place, SetKind
 from tensorpeft.emission.strand import Strand
@@ -149,10 +148,3 @@ class SetCode:
             return graph.code.call("add_" if in_place else "add", y, update)
         function = ops.add_rows_ if in_place else ops.with_rows
         return graph.code.call(function, y, update, rows.offset, rows.count, rows.period)
-
-    # Backward
-
-    def backward(self, kind: SetKind, present: frozenset[int], *, to_x: bool, to_pieces: bool) -> Function:
-        """From the gradients of the modules in ``present`` to that of x, and to those of the pieces."""
-        back = Backward(self, kind, present, to_x=to_x, to_pieces=to_pieces)
-        return back.function()

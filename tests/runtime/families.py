@@ -84,6 +84,7 @@ def layers(number: int, roles: tuple[str, ...], stack: str = "", first: int = 0)
 ATTENTION = ("query", "key", "value", "out")
 MLP = layers(2, (*ATTENTION, "fc1", "fc2"))
 GATED = layers(2, (*ATTENTION, "gate", "up", "down"))
+UNGATED = layers(2, (*ATTENTION, "up", "down"))
 MIXTURE = (*ATTENTION, "experts.gate", "experts.up", "experts.down", "router")
 DEEPSEEK_ROLES = {
     **layers(3, (*ATTENTION, "query_down", "kv_down")),
@@ -163,6 +164,20 @@ CASES = {
     "glm": Case("GlmForCausalLM", {**GROUPED, "head_dim": 16}, GATED),
     "glm4": Case("Glm4ForCausalLM", {**GROUPED, "head_dim": 16}, GATED),
     "smollm3": Case("SmolLM3ForCausalLM", GROUPED, GATED),
+    "olmo3": Case("Olmo3ForCausalLM", GROUPED, GATED),
+    "cohere2": Case("Cohere2ForCausalLM", GROUPED, GATED),
+    "nemotron": Case("NemotronForCausalLM", GROUPED, UNGATED),
+    "exaone4": Case("Exaone4ForCausalLM", GROUPED, GATED),
+    "arcee": Case("ArceeForCausalLM", GROUPED, UNGATED),
+    "apertus": Case("ApertusForCausalLM", GROUPED, UNGATED),
+    "helium": Case("HeliumForCausalLM", {**GROUPED, "head_dim": 8}, GATED),
+    "ernie4_5": Case("Ernie4_5ForCausalLM", {**GROUPED, "head_dim": 16}, GATED),
+    "seed_oss": Case("SeedOssForCausalLM", {**GROUPED, "head_dim": 16}, GATED),
+    "ministral": Case("MinistralForCausalLM", {**GROUPED, "head_dim": 16}, GATED),
+    "hunyuan_v1_dense": Case("HunYuanDenseV1ForCausalLM", {**GROUPED, "head_dim": 8}, GATED),
+    "mpt": Case("MptForCausalLM", {"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 100}, MLP),
+    "gpt_bigcode": Case("GPTBigCodeForCausalLM", GPT, MLP),
+    "gpt_bigcode, every head": Case("GPTBigCodeForCausalLM", {**GPT, "multi_query": False}, MLP),
     "gpt_neo": Case(
         "GPTNeoForCausalLM",
         {
@@ -184,6 +199,12 @@ CASES = {
     "phimoe": Case("PhimoeForCausalLM", {**EXPERTS, "num_local_experts": 4}, layers(2, MIXTURE)),
     "gpt_oss": Case("GptOssForCausalLM", {**EXPERTS, "num_local_experts": 4, "head_dim": 16}, layers(2, MIXTURE)),
     "deepseek_v3": Case("DeepseekV3ForCausalLM", DEEPSEEK, DEEPSEEK_ROLES),
+    "deepseek_v2": Case("DeepseekV2ForCausalLM", {**DEEPSEEK, "head_dim": 4}, DEEPSEEK_ROLES),
+    "glm4_moe": Case(
+        "Glm4MoeForCausalLM",
+        {**DEEPSEEK, "head_dim": 8, "n_shared_experts": 1, "use_qk_norm": True},
+        {role: there for role, there in DEEPSEEK_ROLES.items() if role not in ("query_down", "kv_down")},
+    ),
     "xlm-roberta": Case("XLMRobertaForSequenceClassification", TEXT, MLP),
     "camembert": Case("CamembertForMaskedLM", TEXT, MLP),
     "mpnet": Case("MPNetModel", TEXT, MLP),

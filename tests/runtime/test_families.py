@@ -204,9 +204,10 @@ def attended(
     return caught[0], caught[1]
 
 
-@pytest.fixture(
-    scope="module", params=[name for name in CASES if name.startswith(("gpt2", "gpt_neox", "bloom", "falcon", "phi3"))]
-)
+FUSED = ("gpt2", "gpt_neox", "gpt_bigcode", "bloom", "falcon", "mpt", "phi3")
+
+
+@pytest.fixture(scope="module", params=[name for name in CASES if name.startswith(FUSED)])
 def fused(request) -> tuple[nn.Module, dict[str, Site]]:
     """A causal model with a fused module, and the sites of its second layer."""
     model = CASES[request.param].build().double().eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from tensorpeft.language import names
 from tensorpeft.language.check_calls import arithmetic, constant, signature, unknown
@@ -11,7 +11,7 @@ from tensorpeft.language.nodes import Table
 from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.start import dead_factors, nonzero_products, origin
 from tensorpeft.language.syntax import Call, Expression, Name, Product, Spectral
-from tensorpeft.language.words import DECOMPOSITIONS, INITIALISERS, SIZE_NAMES
+from tensorpeft.language.words import DECOMPOSITIONS, INITIALISERS, LAYER, SIZE_NAMES
 
 _SIDE_OF = {
     "U": "d_out",
@@ -39,13 +39,18 @@ def initialisers(spec: Spec, table: Table) -> Iterator[Problem]:
 
 def _call(spec: Spec, name: str, modes: dict[str, tuple[str, ...]], init: Call) -> Iterator[Problem]:
     free = [mode for mode in modes[name] if mode not in SITE_MODES]
+    own = {LAYER} & names.atoms(spec, modes[name])
+    if LAYER in init.names - own:
+        message = f"`{init}` speaks of the layer, and `{name}` is shared by the layers"
+        yield Problem(f"{message}; expected `{name}[{LAYER}, ...]`", init.span)
+        return
     match init.name:
         case "kaiming_uniform":
             yield from _kaiming(name, modes[name], init)
         case "start":
             yield from _start(spec, name, modes, init)
         case "formula":
-            yield from _formula(name, tuple(mode for mode in free if not names.is_bound(spec, mode)), init)
+            yield from _formula(name, tuple(mode for mode in free if not names.is_bound(spec, mode)), own, init)
         case "orthogonal" | "identity" if len(free) < 2:
             message = (
                 f"`{init}` is over two modes, and `{name}` carries {listing(free) or 'none'} that is not bound to sites"
@@ -78,13 +83,13 @@ def _drawn(init: Call, value: Expression) -> Iterator[Problem]:
         yield Problem(f"`{init}` is `zeros`; expected that name", init.span)
 
 
-def _formula(name: str, modes: tuple[str, ...], init: Call) -> Iterator[Problem]:
-    """A formula speaks of the indices of the factor's modes."""
+def _formula(name: str, modes: tuple[str, ...], own: Set[str], init: Call) -> Iterator[Problem]:
+    """A formula speaks of the indices of the factor's modes, and of its layer."""
     if not modes:
         message = f"`{name}` carries no mode whose indices a formula could be of"
         yield Problem(f"{message}; expected `constant(...)` for a single number", init.span)
         return
-    problems = list(arithmetic(init.args[0], modes, modes))
+    problems = list(arithmetic(init.args[0], (*modes, *own), modes))
     yield from problems or _drawn(init, init.args[0])
 
 

@@ -124,7 +124,11 @@ def known_modes(spec: Spec, table: Table) -> Iterator[Problem]:
 
 def used_bonds(spec: Spec, table: Table) -> Iterator[Problem]:
     """A size is given to bonds only, and only to those that a factor carries or other arithmetic speaks of."""
-    carried, spoken, parts = names.carried(spec), names.spoken_of(spec), names.side_parts(spec.modes)
+    carried, spoken, parts = (
+        names.carried(spec),
+        names.in_sizes(spec) | names.in_initialisers(spec),
+        names.side_parts(spec.modes),
+    )
     for bond, _ in spec.ranks:
         span = table.place("rank", bond)
         if bond in BUILT_IN_MODES:

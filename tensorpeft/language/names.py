@@ -74,12 +74,16 @@ def carried(spec: Spec) -> set[str]:
     return modes | atoms(spec, modes)
 
 
-def spoken_of(spec: Spec) -> set[str]:
-    """The names in the arithmetic of sizes, of the scale and of initialisers."""
-    inits = (rule.init.power if isinstance(rule.init, Spectral) else rule.init for _, rule in spec.factors)
+def in_sizes(spec: Spec) -> set[str]:
+    """The names in the arithmetic of sizes and of the scale."""
     sizes = (part.size for definition in spec.modes for part in definition.parts if part.size is not None)
-    expressions = (*dict(spec.ranks).values(), *sizes, spec.scale, *inits)
-    return {name for expression in expressions for name in expression.names}
+    return {name for expression in (*dict(spec.ranks).values(), *sizes, spec.scale) for name in expression.names}
+
+
+def in_initialisers(spec: Spec) -> set[str]:
+    """The names in the arithmetic of initialisers."""
+    inits = (rule.init.power if isinstance(rule.init, Spectral) else rule.init for _, rule in spec.factors)
+    return {name for init in inits for name in init.names}
 
 
 def is_bound(spec: Spec, mode: str) -> bool:

@@ -99,7 +99,7 @@ def layout(spec: Spec, model: ModelShape, kind: Kind) -> Layout:
     scale = chosen(spec.scale, "`scale`", kind.example)
     given = {} if spec.alpha is None else {"alpha": spec.alpha}
     scaled = float(scale.evaluate({**sizes.names(scale.names), **given}))
-    spoken = _spoken_of(spec, kind)
+    spoken = _spoken_of(spec, kind) - {LAYER}  # which is a key's
     names = {name: value for name, value in sizes.names(spoken).items() if name in spoken}
     return Layout(kind.example, sizes.known, sizes.parts, sizes.splits, scaled, names)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tensorpeft.language.errors import fail
-from tensorpeft.language.names import spoken_of
+from tensorpeft.language.names import in_sizes
 from tensorpeft.language.spec import STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Choice, Expression, Product, Selector
 from tensorpeft.language.words import LAYER
@@ -35,7 +35,7 @@ def kinds(spec: Spec, sites: Sequence[Site]) -> list[tuple[Site, Kind]]:
         entries[product.at] = (*entries.get(product.at, ()), product)
     used = {at: frozenset(used_modes(products, spec.modes)) for at, products in entries.items()}
     choices = [value for value in (*dict(spec.ranks).values(), spec.scale) if isinstance(value, Choice)]
-    by_layer = LAYER in spoken_of(spec)
+    by_layer = LAYER in in_sizes(spec)
     known: dict[tuple[object, ...], Kind] = {}
     found = []
     for site in sites:

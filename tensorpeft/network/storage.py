@@ -12,6 +12,7 @@ import numpy as np
 from tensorpeft.language.errors import fail
 from tensorpeft.language.spec import MaskRule, Spec
 from tensorpeft.language.syntax import Spectral
+from tensorpeft.language.words import LAYER
 from tensorpeft.network.initial import origins
 from tensorpeft.network.network import Axis, Block
 from tensorpeft.network.packing import Kept, Masking
@@ -79,7 +80,7 @@ def store(spec: Spec, use: Use, placed: Placed, layouts: Layouts, masking: Maski
     for sizes, keys in keys_of.items():
         mine = {key: users[key, sizes] for key in keys}
         block = _block(spec, use, sizes, keys, ragged, stack)
-        block = replace(block, names=_names(block, mine, layouts))
+        block = replace(block, names=_names(block, use, mine, layouts))
         if block.data_dependent:
             block = replace(block, unfolding=unfolding(block, use, mine, layouts))
         if masking is not None:
@@ -111,8 +112,11 @@ def _grid(labels: list[tuple[str | int, ...]]) -> list[Key]:
     return [()] if not labels else [(first, *rest) for first in labels[0] for rest in _grid(labels[1:])]
 
 
-def _names(block: Block, users: Mapping[Key, Users], layouts: Layouts) -> dict[Key, dict[str, float]]:
-    """What names mean in the initialiser, key by key: its own modes the sizes of axes, others what they are at its sites."""
+def _names(block: Block, use: Use, users: Mapping[Key, Users], layouts: Layouts) -> dict[Key, dict[str, float]]:
+    """What names mean in the initialiser, key by key: its own modes the sizes of axes, others what they are at its sites.
+
+    The layer is the key's.
+    """
     own = {axis.mode: axis.size for axis in block.free_axes}
     spoken = (block.init.power if isinstance(block.init, Spectral) else block.init).names - own.keys()
     known: dict[frozenset[Kind], dict[str, float]] = {}
@@ -125,7 +129,8 @@ def _names(block: Block, users: Mapping[Key, Users], layouts: Layouts) -> dict[K
                 for name in sorted(spoken)
                 if all(name in layouts[kind].names for kind in kinds)
             }
-        found[key] = {**known[kinds], **own}
+        layer = {mode: float(value) for mode, value in zip(use.site_modes, key, strict=True) if mode == LAYER}
+        found[key] = {**known[kinds], **own, **layer}
     return found
 
 

@@ -213,13 +213,10 @@ def test_arithmetic_over_sizes_that_differ() -> None:
     )
 
 
-def test_arithmetic_over_the_layer_of_a_factor_that_layers_share() -> None:
-    text = "update: B[matrix, layer, d_out, r] * A[matrix, r, d_in]\nrank: {r: 4}\n"
-    text += "factors: {B: {init: zeros}, A: {init: normal(1 / (layer + 1))}}"
-    with pytest.raises(
-        SpecError, match=r"speaks of `layer`, which is 0 and 1 and 2 at the sites that share factor `A`"
-    ):
-        network_of(text)
+def test_arithmetic_over_the_layer_of_a_factor() -> None:
+    for (key, _), value in of(PAIR.format("formula(equal(mod(layer, 2), r) + d_in * layer)"), "A").items():
+        r, d_in = np.ogrid[:16, :64]
+        np.testing.assert_array_equal(value, (key[1] % 2 == r) + d_in * key[1])
 
 
 def test_tensors_of_one_name() -> None:

@@ -45,6 +45,7 @@ def read_spec(table: Table, source: Source, findings: Findings) -> Spec | None:
         heads=_heads(whole),
         tasks=None if tasks is None else int(tasks),
         budget=sizes.budget,
+        budget_span=sizes.span,
         free=sizes.free,
         dropout=_dropout(whole),
         train=tuple(entry.text for entry in extras),

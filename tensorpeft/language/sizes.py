@@ -12,6 +12,7 @@ from tensorpeft.language.findings import Findings
 from tensorpeft.language.form import Form
 from tensorpeft.language.names import side_parts
 from tensorpeft.language.nodes import Scalar, Table
+from tensorpeft.language.source import Span
 from tensorpeft.language.syntax import Expression, Name, Number, Operation
 from tensorpeft.language.words import BUDGET, BUILT_IN_MODES
 
@@ -26,6 +27,7 @@ class Sizes:
     ranks: tuple[tuple[str, Expression], ...]
     budget: int | None = None
     free: tuple[str, ...] = ()
+    span: Span | None = None  # of the budget
 
 
 def read_sizes(table: Table, written: Table, form: Form, findings: Findings) -> Sizes:
@@ -50,7 +52,7 @@ def read_sizes(table: Table, written: Table, form: Form, findings: Findings) -> 
     free = tuple(name for name in _names(form) if name not in known)
     if not free:
         findings.add("rank", "`budget` has nothing to size; expected a bond without a size of its own", said.span)
-    return Sizes(tuple(ranks.items()), budget, free)
+    return Sizes(tuple(ranks.items()), budget, free, said.span)
 
 
 def _ranks(table: Table, form: Form, findings: Findings) -> Iterator[tuple[str, Expression]]:

@@ -95,6 +95,7 @@ class Spec:
     heads: Heads = Heads()
     tasks: int | None = None
     budget: int | None = None  # trained numbers at most: the bonds of `free` get the largest size that fits
+    budget_span: Span | None = field(default=None, compare=False, repr=False)
     free: tuple[str, ...] = ()
     dropout: tuple[tuple[str, float], ...] = ()  # `x` (the input of every site) or a bond -> probability
     train: tuple[str, ...] = ()  # parameters of the base trained beside dW: `biases`, `norms`, `head`, or patterns

@@ -54,11 +54,11 @@ def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed]) -> Spec:
     least = counts[1]
     if len(counts) > 1 and set(counts.values()) == {least}:
         message = f"{least:,} numbers are trained at every rank, so a budget does not determine it"
-        raise fail(f"{message}; expected a bond in a factor that is trained", spec.span)
+        raise fail(f"{message}; expected a bond in a factor that is trained", spec.budget_span)
     fitting = [rank for rank, found in counts.items() if found is not None and found <= spec.budget]
     if not fitting:
         message = f"the budget is {spec.budget:,}, but rank 1 trains {least:,} numbers already"
-        raise fail(f"{message}; expected a larger budget", spec.span)
+        raise fail(f"{message}; expected a larger budget", spec.budget_span)
     low, high = fitting[-1], min(2 * fitting[-1], top + 1)
     while high - low > 1:
         middle = (low + high) // 2

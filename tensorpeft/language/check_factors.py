@@ -11,7 +11,7 @@ from tensorpeft.language.nodes import Table
 from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.start import dead_factors, nonzero_products, origin
 from tensorpeft.language.syntax import Call, Expression, Name, Product, Spectral
-from tensorpeft.language.words import DECOMPOSITIONS, INITIALISERS, LAYER, SIZE_NAMES
+from tensorpeft.language.words import DECOMPOSITIONS, INITIALISERS, LAYER
 
 _SIDE_OF = {
     "U": "d_out",
@@ -57,7 +57,7 @@ def _call(spec: Spec, name: str, modes: dict[str, tuple[str, ...]], init: Call) 
             )
             yield Problem(f"{message}; expected two of them", init.span)
         case "constant" | "uniform" | "normal":
-            problems = list(arithmetic(init.args[0], (*names.bonds(spec), *SIZE_NAMES)))
+            problems = list(arithmetic(init.args[0], names.sizes(spec)))
             yield from problems or _drawn(init, init.args[0])
 
 

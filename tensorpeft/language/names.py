@@ -6,12 +6,18 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
 from tensorpeft.language.syntax import Definition, Reference, Spectral
-from tensorpeft.language.words import BUILT_IN_MODES, TASK_MODE
+from tensorpeft.language.words import BUILT_IN_MODES, SIZE_NAMES, TASK_MODE
 
 
 def bonds(spec: Spec) -> tuple[str, ...]:
     """Those with a size, and those that a budget sizes."""
     return (*dict(spec.ranks), *spec.free)
+
+
+def sizes(spec: Spec) -> tuple[str, ...]:
+    """What arithmetic may speak of: bonds, parts of the sides, and what the model has a size of."""
+    parts = (part.name for definition in spec.modes for part in definition.parts)
+    return (*bonds(spec), *dict.fromkeys(part for part in parts if part in side_parts(spec.modes)), *SIZE_NAMES)
 
 
 def references(spec: Spec) -> Iterator[Reference]:

@@ -134,7 +134,8 @@ class _Sizes:
 
     def names(self, names: Iterable[str]) -> dict[str, float]:
         """The values of the names that mean something here; those of the model and the layer in any case."""
-        sized = {name: self.size(name) for name in names if name in self.known or name in self.ranks}
+        own = {*self.known, *self.ranks, *self.split_of}
+        sized = {name: self.size(name) for name in names if name in own}
         return {**self.model, LAYER: self.site.layer, **sized}
 
     def size(self, mode: str) -> int:

@@ -92,21 +92,22 @@ def modes_at(adapter: tp.Adapter, site: Site) -> Modes:
         sizes |= {"head": heads, "head_dim": sizes[side] // heads, "width": sizes[other]}
         splits += [(side, ["head", "head_dim"]), (other, ["width"])]
     names = {**dict(adapter.network.model.sizes), "layer": site.layer, **sizes}
-    for _ in spec.ranks:  # each may name the others
+    split, fixed = {"d_out", "d_in"}, {*sizes}
+    for _ in (*spec.ranks, *spec.modes):  # each may name the others
         for name, expression in spec.ranks:
             if expression.names <= names.keys():
                 names[name] = sizes[name] = int(value(expression, names, site))
-    split = {"d_out", "d_in"}
-    for definition in spec.modes:  # parts that are split stand behind what they are parts of
-        if definition.name in split:
-            split |= {part.name for part in definition.parts}
-            left = sizes[definition.name]
-            for part in definition.parts:
-                if part.size is not None:
-                    sizes[part.name] = int(value(part.size, names, site))
-                left //= sizes.get(part.name, 1)
-            free = [part.name for part in definition.parts if part.name not in sizes]
-            sizes |= dict(zip(free, balanced(left, len(free)), strict=True))
+        for definition in spec.modes:
+            given = {part.name: part.size for part in definition.parts if part.size is not None}
+            known = definition.name in split & sizes.keys()
+            if known and all(size.names <= names.keys() for size in given.values()):
+                split |= {part.name for part in definition.parts}
+                sizes |= {part: int(value(size, names, site)) for part, size in given.items()}
+                free = [part.name for part in definition.parts if part.name not in given.keys() | fixed]
+                left = sizes[definition.name]
+                left //= math.prod(sizes[part.name] for part in definition.parts if part.name not in free)
+                sizes |= dict(zip(free, balanced(left, len(free)), strict=True))
+                names |= sizes
     return Modes(sizes, parts, splits, value(spec.scale, {**names, "alpha": spec.alpha}, site))
 
 

@@ -68,7 +68,10 @@ def parse(language: Language, text: Scalar) -> Tree:
         start = len(text.text.rstrip()) if at_end else int(error.pos_in_stream or 0)
         end = start + (0 if at_end else 1 if token is None else len(token))
     found = f"`{clip(text.text[start:end], 24)}`" if end > start else "the end"
-    raise fail(f"found {found}, expected {_expected(parser, language, text.text, start)}", text.part(start, end))
+    opened = sum(map(text.text.count, "([")) > sum(map(text.text.count, ")]"))
+    cut = at_end and opened and text.span.source.text[text.span.end :].lstrip().startswith(",")
+    hint = "; a text with a comma needs quotes here" if cut else ""
+    raise fail(f"found {found}, expected {_expected(parser, language, text.text, start)}{hint}", text.part(start, end))
 
 
 def _expected(parser: lark.Lark, language: Language, text: str, end: int) -> str:

@@ -2,8 +2,9 @@
 
 Launches are dispatched ATen operators that are neither views nor bare allocations. Saved bytes are the distinct storages packed
 for backward, parameters and buffers left out. FLOPs are torch's FlopCounterMode, which does not know the products that are
-added in place; ``all FLOPs`` counts these too. The base has nothing that trains; its gradient flows to the token embeddings, as
-for any adapter. Figures are those of one layer at the margin, bfloat16 with float32 adapter parameters, batch 2 x 128.
+added in place; ``all FLOPs`` counts these too. The peak is the most that a step has allocated at once. The base has nothing that
+trains; its gradient flows to the token embeddings, as for any adapter. Figures are those of one layer at the margin, bfloat16
+with float32 adapter parameters, batch 2 x 128.
 
 Prints a table, and keeps it beside this file with the versions.
 """
@@ -16,6 +17,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ import peft
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -46,6 +49,7 @@ class Counts:
     saved: float  # bytes
     flops: float  # of FlopCounterMode
     all_flops: float
+    peak: float  # bytes, the most that a step has allocated at once
 
 
 class Launches(TorchDispatchMode):
@@ -91,8 +95,8 @@ def frozen_base(model: nn.Module) -> nn.Module:
     return model
 
 
-def measure(model: nn.Module) -> Counts:
-    ids = torch.randint(0, 1024, (2, 128), generator=torch.Generator().manual_seed(0))
+def measure(model: nn.Module, shape: tuple[int, int] = (2, 128)) -> Counts:
+    ids = torch.randint(0, 1024, shape, generator=torch.Generator().manual_seed(0))
 
     def loss() -> Tensor:
         return model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -120,18 +124,25 @@ def measure(model: nn.Module) -> Counts:
     with FlopCounterMode(display=False, custom_mapping=IN_PLACE) as all_flops:
         step()
     counts = sum(launches.seen.values()), sum(saved.values()), flops.get_total_flops(), all_flops.get_total_flops()
-    return Counts(*map(float, counts))
+    return Counts(*map(float, counts), peak=float(peak_bytes(step)))
 
 
-def per_layer(adapt: Adapt) -> Counts:
-    """What a layer costs at the margin."""
+def peak_bytes(step: Callable[[], None]) -> int:
+    """The most bytes that a step has allocated at once beyond what was there before, by torch's profiler."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def per_layer(adapt: Adapt, shape: tuple[int, int] = (2, 128)) -> Counts:
+    """What a layer costs at the margin, with so many rows and tokens."""
     found = []
     for layers in (FEW, MANY):
         model = llama(layers)
         adapted = adapt(model)
-        found.append(
-            measure(adapted if isinstance(adapted, nn.Module) and not isinstance(adapted, tp.Adapter) else model)
-        )
+        is_model = isinstance(adapted, nn.Module) and not isinstance(adapted, tp.Adapter)
+        found.append(measure(adapted if is_model else model, shape))
     few, many = found
     return Counts(*((getattr(many, f) - getattr(few, f)) / (MANY - FEW) for f in Counts.__dataclass_fields__))
 
@@ -144,6 +155,7 @@ def over_base(adapt: Adapt, base: Counts) -> dict[str, float]:
         "saved": found.saved / base.saved - 1,
         "flops": found.flops / base.flops - 1,
         "all_flops": found.all_flops / base.all_flops - 1,
+        "peak": found.peak / base.peak - 1,
     }
 
 
@@ -168,7 +180,10 @@ CASES: dict[str, tuple[Adapt, Adapt | None]] = {
 def main() -> None:
     warnings.filterwarnings("ignore")
     base = per_layer(frozen_base)
-    print(f"base, a layer: {base.launches:.0f} launches, {base.saved / 1e6:.2f} MB saved, {base.flops / 1e9:.3f} GFLOP")
+    print(
+        f"base, a layer: {base.launches:.0f} launches, {base.saved / 1e6:.2f} MB saved, "
+        f"{base.peak / 1e6:.2f} MB at the peak, {base.flops / 1e9:.3f} GFLOP"
+    )
     result: dict[str, Any] = {"base": vars(base), "cases": {}}
     for name, (our, their) in CASES.items():
         for whose, adapt in (("tensorpeft", our), ("peft", their)):
@@ -178,7 +193,8 @@ def main() -> None:
             result["cases"].setdefault(name, {})[whose] = {key: round(value, 5) for key, value in found.items()}
             print(
                 f"{name:22s} {whose:10s} launches {found['launches']:+6.1f}   saved {found['saved']:+8.2%}   "
-                f"FLOPs {found['flops']:+7.2%}   all FLOPs {found['all_flops']:+7.2%}"
+                f"FLOPs {found['flops']:+7.2%}   all FLOPs {found['all_flops']:+7.2%}   "
+                f"peak {found['peak']:+7.2%}"
             )
     result["versions"] = {m.__name__: m.__version__ for m in (tp, peft, torch, transformers)}
     result["versions"]["python"] = platform.python_version()

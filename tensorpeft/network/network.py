@@ -18,7 +18,7 @@ from math import prod
 
 import numpy as np
 
-from tensorpeft.language.spec import BASE_WEIGHT, FactorRule, Spec
+from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES, FactorRule, Spec
 from tensorpeft.language.syntax import Call, Initialiser, Spectral
 from tensorpeft.network.shapes import Key, ModelShape, Parameter, Site
 
@@ -205,6 +205,11 @@ class Group:
     def kind(self) -> str:
         """Of the sites."""
         return self.sites[0].kind
+
+    @cached_property
+    def site_sizes(self) -> dict[str, int]:
+        """How many values each site mode takes."""
+        return {mode: len({getattr(site, mode, None) for site in self.sites}) for mode in SITE_MODES}
 
 
 @dataclass(frozen=True)

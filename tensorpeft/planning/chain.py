@@ -154,15 +154,14 @@ def site_axes(group: Group, carried: set[str]) -> tuple[str, ...]:
     """The axes over which tensors of a group are stacked: its site modes, or one axis for all where its sites fill no grid."""
     if not carried:
         return ()
-    if prod(site_sizes(group)[mode] for mode in SITE_MODES) == len(group.sites):
+    if prod(group.site_sizes.values()) == len(group.sites):
         return tuple(mode for mode in SITE_MODES if mode in carried)
     return (ANY_SITE,)
 
 
 def site_sizes(group: Group) -> dict[str, int]:
     """How many values each site mode takes in a group."""
-    sizes = {mode: len({getattr(site, mode, None) for site in group.sites}) for mode in SITE_MODES}
-    return {**sizes, ANY_SITE: len(group.sites)}
+    return {**group.site_sizes, ANY_SITE: len(group.sites)}
 
 
 def operand_modes(group: Group, operand: Operand) -> tuple[str, ...]:

@@ -44,7 +44,7 @@ class Compiled:
 
     def forget(self) -> None:
         """Drop the prologue's results."""
-        self._stacks: dict[tuple[Any, ...], Stacks] = {}
+        self._stacks: dict[tuple[Any, ...], tuple[Stacks, list[Tensor]]] = {}
 
     def indices(self, device: torch.device) -> tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]:
         """The constant indices of the prologue and of the input sets, on a device."""
@@ -55,18 +55,25 @@ class Compiled:
     def stacks(self, factors: Factors, dtype: torch.dtype, device: torch.device) -> Stacks:
         """The prologue's results for the factors as they are, computed at the first site that asks.
 
-        The model's forward starts by forgetting them. The versions of the factors guard the rest: a submodule called by itself,
-        and checkpointing, which runs parts of the forward again during the backward pass and must meet the same tensors.
+        The model's forward starts by forgetting them. The versions of the factors and the places of their numbers guard the rest:
+        a submodule called by itself, and checkpointing, which runs parts of the forward again during the backward pass and must
+        meet the same tensors.
+
+        Raises:
+            AdapterError: a factor that the spec freezes is to have a gradient.
         """
         taken = tuple(factors[name] for name in self.code.inputs)
         state = () if prologue.is_traced() else _state(taken)
-        stacks = self._stacks.get((dtype, device, state))  # another thread may forget them meanwhile
-        if stacks is None:
+        found = self._stacks.get((dtype, device, state))  # another thread may forget them meanwhile
+        if found is None:
+            if state:
+                factors.refuse_thawed(self.code.inputs)
             indices = self.indices(taken[0].device)[0]
             stacks = prologue.run(self.code.prologue, dtype, device, taken, indices)
+            found = stacks, [factor.detach() for factor in taken if state]  # so that no other numbers come to lie there
             kept = {key: kept for key, kept in self._stacks.items() if key[-1] == state}
-            self._stacks = {**kept, (dtype, device, state): stacks}
-        return stacks
+            self._stacks = {**kept, (dtype, device, state): found}
+        return found[0]
 
 
 class Codes:
@@ -115,7 +122,7 @@ class Codes:
 
 
 def _state(factors: tuple[Tensor, ...]) -> tuple[bool | int, ...]:
-    """What the prologue's results depend on, beside their dtype and device: what is recorded, and the factors' versions."""
-    versions = (-1 if factor.is_inference() else factor._version for factor in factors)
+    """What the prologue's results depend on, beside their dtype and device: what is recorded, and the factors' numbers."""
+    versions = (n for f in factors for n in (-1 if f.is_inference() else f._version, f.data_ptr()))
     captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # into a graph of its own
     return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), captured, *versions

@@ -60,7 +60,8 @@ def recorded(
 
 def is_traced() -> bool:
     """Whether a compiler or a transform of torch.func follows what is done; then autograd's own formulas are used."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    followed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return followed or torch._C._get_tracing_state() is not None
 
 
 def refuse_twice() -> None:

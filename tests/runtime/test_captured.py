@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import tensorpeft as tp
 from tests.models import build, inputs, randomise, run
 from tests.runtime.every import every
-from tests.runtime.test_life import attached
+from tests.runtime.test_life import attached, gradients
 
 SPECS = ["lora", "lorta", "vera", "partial_lora", "lori", "shared_a", "ia3", "randlora", "c3a", "quanta"]
 
@@ -120,6 +120,27 @@ def test_another_adapter_of_a_spec_needs_no_compilation(spec: str, gradients: bo
     if gradients:
         truth = torch.autograd.grad(outputs(model).square().sum(), list(other.parameters()))
         assert all(torch.allclose(g, t, rtol=1e-3, atol=1e-4) for g, t in zip(grads, truth, strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at each layer's input
+def test_layers_that_are_compiled_by_themselves() -> None:
+    torch._dynamo.reset()
+    model, adapter = attached("llama", "lorta", torch.float32)
+    x = inputs("llama")
+    truth, grads = run(model, x), gradients(model, adapter, x)
+    for layer in model.model.layers:
+        layer.compile(fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        found = gradients(model, adapter, x)
+        assert torch.allclose(run(model, x), truth, rtol=1e-4, atol=1e-5)
+        assert all(torch.allclose(found[name], grads[name], rtol=1e-3, atol=1e-4) for name in grads)
+
+
+def test_traced_by_torch_jit() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double(), torch.randn(4, 6).double()
+    randomise(tp.attach(model, tp.load_spec("lora", rank=2, matrices=["all-linear"])))
+    assert torch.allclose(torch.jit.trace(model, (x,))(2 * x), model(2 * x), rtol=1e-12)
 
 
 def test_every_kind_of_site_compiles_into_one_graph() -> None:

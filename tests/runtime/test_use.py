@@ -245,6 +245,37 @@ def test_factors_that_are_frozen_for_a_while_and_weights_that_are_not(spec: str)
     assert weight.grad.abs().sum() > 0
 
 
+def test_what_the_spec_freezes_is_not_trained_in_silence() -> None:
+    model, adapter = attached("llama", "vera")
+    adapter.factors["A"].requires_grad_()
+    with pytest.raises(tp.AdapterError, match="factor `A` is frozen by its spec, found `requires_grad`"):
+        run(model, inputs("llama"))
+
+
+@pytest.mark.parametrize("spec", ["lora", "lorta"])
+def test_numbers_that_are_replaced_behind_a_submodule(spec: str) -> None:
+    """As averages of weights are swapped in: no version counts up, and no forward of the whole model begins."""
+    model, adapter = attached("llama", spec)
+    module, x = model.model.layers[1].self_attn.q_proj, torch.randn(2, 3, 64, dtype=torch.float64)
+    for _ in range(3):
+        change = adapter.delta("model.layers.1.self_attn.q_proj")
+        assert torch.allclose(module(x), dense(module, change, x), rtol=1e-12)
+        for parameter in adapter.parameters():
+            parameter.data = parameter.data * 1.5
+
+
+@pytest.mark.parametrize("spec", ["partial_lora", "shira"])
+def test_inference_before_training(spec: str) -> None:
+    """What is made for a length in inference mode serves the training steps of that length."""
+    model = build("llama")
+    adapter = tp.attach(model, spec)
+    randomise(adapter)
+    x = inputs("llama")[:1, :3]
+    with torch.inference_mode():
+        run(model, x)
+    assert all(each.abs().sum() > 0 for each in gradients(model, adapter, x).values())
+
+
 def test_another_optimizer_and_another_dtype_in_the_middle() -> None:
     model, adapter = attached("llama", "lorta", torch.float32)
     x = inputs("llama")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -40,6 +41,20 @@ def test_commands_print_what_the_readme_shows(block, tmp_path):
         )
         assert done.stderr == ""
         assert [line.rstrip() for line in done.stdout.strip().splitlines()] == shown.strip().splitlines()
+
+
+def test_its_table_of_costs_is_what_was_counted():
+    counted = json.loads((ROOT / "tests" / "benchmarks" / "counted.json").read_text())["cases"]
+    rows = []
+    for name, found in counted.items():
+        ours, theirs = (_costs(found[whose]) if whose in found else None for whose in ("tensorpeft", "peft"))
+        cells = ours if theirs is None else [f"{a} ({b})" for a, b in zip(ours, theirs, strict=True)]
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    assert "\n".join(rows) in (ROOT / "README.md").read_text()
+
+
+def _costs(found: dict[str, float]) -> list[str]:
+    return [f"{found['launches']:+.0f}", *(f"{found[what]:+.1%}" for what in ("saved", "peak", "all_flops"))]
 
 
 def test_python_runs_and_leaves_the_base_as_it_was(tmp_path, monkeypatch):

@@ -38,6 +38,7 @@ NO_KERNEL = {
 }  # allocations, and views that say otherwise  # fmt: skip
 QV = ["q_proj", "v_proj"]
 ALL = [*QV, "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+KVD = ["k_proj", "v_proj", "down_proj"]
 FEW, MANY = 2, 4  # layers, of which the difference is taken
 
 
@@ -159,8 +160,9 @@ def over_base(adapt: Adapt, base: Counts) -> dict[str, float]:
     }
 
 
-def ours(name: str, matrices: list[str], rank: int) -> Adapt:
-    return lambda model: tp.attach(model, tp.load_spec(name, rank=rank, matrices=matrices))
+def ours(name: str, matrices: list[str], rank: int | None = None) -> Adapt:
+    ranked = {} if rank is None else {"rank": rank}
+    return lambda model: tp.attach(model, tp.load_spec(name, matrices=matrices, **ranked))
 
 
 def theirs(config: peft.PeftConfig) -> Adapt:
@@ -174,6 +176,7 @@ CASES: dict[str, tuple[Adapt, Adapt | None]] = {
     "VeRA r=256, q and v": (ours("vera", QV, 256), theirs(peft.VeraConfig(r=256, target_modules=QV))),
     "LoHa r=8, q and v": (ours("loha", QV, 8), theirs(peft.LoHaConfig(r=8, target_modules=QV))),
     "LoKr r=8, q and v": (ours("lokr", QV, 8), theirs(peft.LoKrConfig(r=8, target_modules=QV))),
+    "IA3, k, v and down": (ours("ia3", KVD), theirs(peft.IA3Config(target_modules=KVD, feedforward_modules=KVD[2:]))),
 }
 
 

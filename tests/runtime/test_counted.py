@@ -14,6 +14,7 @@ WANTED = {
     "VeRA r=256, q and v": (16, 0.18, 0.13, 0.13),
     "LoHa r=8, q and v": (10, 0.37, 0.2653, 0.2653),
     "LoKr r=8, q and v": (17, 0.15, 0.04, 0.04),
+    "IA3, k, v and down": (18, 0.3, 0, 0),  # products alone count
 }
 
 
@@ -28,7 +29,7 @@ def test_costs_no_more(name: str, base: Counts) -> None:
     found = over_base(CASES[name][0], base)
     assert found["launches"] == launches
     assert 0 < found["saved"] <= saved
-    assert 0 < found["flops"] <= flops
+    assert 0 <= found["flops"] <= flops
     assert found["flops"] < found["all_flops"] <= all_flops or found["flops"] == found["all_flops"] <= all_flops
 
 

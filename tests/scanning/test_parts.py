@@ -66,6 +66,22 @@ def test_a_config_that_tells_no_number_for_all_layers():
     }
 
 
+def test_an_attention_of_one_s_own_tells_its_heads():
+    class Attention(nn.ModuleDict):
+        def __init__(self, heads):
+            super().__init__(
+                {"wq": nn.Linear(16, 16), "wk": nn.Linear(16, 8), "wv": nn.Linear(16, 8), "wo": nn.Linear(16, 16)}
+            )
+            self.n_heads, self.n_kv_heads = heads, heads // 2
+
+    sites = scan(nn.ModuleDict({"layers": nn.ModuleList([Attention(4), Attention(8)])})).sites
+    assert {(site.matrix, site.layer): site.heads for site in sites} == {
+        (role, layer): heads // (2 if role in ("key", "value") else 1)
+        for role in ("query", "key", "value", "out")
+        for layer, heads in enumerate((4, 8))
+    }
+
+
 @pytest.mark.parametrize(
     ("model", "message"),
     [

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tensorpeft.emission.emit import emit
+from tensorpeft.language.errors import AdapterError
 from tensorpeft.planning.plan import Plan, plan
 from tensorpeft.planning.regime import Regime
 from tensorpeft.runtime import prologue
@@ -60,7 +61,7 @@ class Compiled:
         meet the same tensors.
 
         Raises:
-            AdapterError: a factor that the spec freezes is to have a gradient.
+            AdapterError: a factor that the spec freezes is to have a gradient, or the factors have no values.
         """
         taken = tuple(factors[name] for name in self.code.inputs)
         state = () if prologue.is_traced() else _state(taken)
@@ -68,6 +69,11 @@ class Compiled:
         if found is None:
             if state:
                 factors.refuse_thawed(self.code.inputs)
+            if taken[0].is_meta and device.type != "meta":
+                raise AdapterError(
+                    "the adapter's factors are on the meta device and have no values; "
+                    "attach it when the model's weights are loaded, and to a model that is not offloaded"
+                )
             indices = self.indices(taken[0].device)[0]
             stacks = prologue.run(self.code.prologue, dtype, device, taken, indices)
             found = stacks, [factor.detach() for factor in taken if state]  # so that no other numbers come to lie there

@@ -153,6 +153,12 @@ def _weight(adapter: Adapter, site: Site, owners: dict[int, list[str]]) -> Held:
             f"the weight of `{site.path}` ({type(module).__name__}) is no plain matrix of numbers, "
             "so nothing can be merged into it"
         )
+    expected, found = (site.module_d_out, site.d_in), tuple(weight.matrix(weight.parameter).shape[-2:])
+    if found != expected:
+        raise AdapterError(
+            f"the weight of `{site.path}` is {found[0]} x {found[1]} (d_out x d_in), but {expected[0]} x {expected[1]} when "
+            f"`{adapter.name}` was attached: the module was replaced, and the adapter is not on the new one"
+        )
     others = [path for path in owners[id(weight.parameter)] if path != site.path]
     if len(owners[id(weight.parameter)]) > 1:
         raise AdapterError(

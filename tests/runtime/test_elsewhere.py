@@ -1,0 +1,46 @@
+"""Adapters where something else has a hand in the model: weights that are not there, modules that are replaced."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import tensorpeft as tp
+from tests.models import randomise
+
+ALL = "tensorpeft: 1\ntarget: all-linear\nstructure: matrix\nrank: 2\n"
+
+
+def attached() -> tuple[nn.Module, tp.Adapter]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    adapter = tp.attach(model, ALL)
+    randomise(adapter)
+    return model, adapter
+
+
+def test_factors_without_values_are_told():
+    with torch.device("meta"):
+        model = nn.Sequential(nn.Linear(4, 3))
+    tp.attach(model, ALL)
+    model[0].weight, model[0].bias = nn.Parameter(torch.ones(3, 4)), nn.Parameter(torch.zeros(3))
+    with pytest.raises(tp.AdapterError) as caught:
+        model(torch.ones(2, 4))
+    assert str(caught.value) == (
+        "the adapter's factors are on the meta device and have no values; "
+        "attach it when the model's weights are loaded, and to a model that is not offloaded"
+    )
+
+
+def test_nothing_is_merged_into_a_module_of_other_sides():
+    model, adapter = attached()
+    model[2] = nn.Linear(6, 5)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(tp.AdapterError) as caught:
+        adapter.merge()
+    assert str(caught.value) == (
+        "the weight of `2` is 5 x 6 (d_out x d_in), but 3 x 6 when `adapter` was attached: "
+        "the module was replaced, and the adapter is not on the new one"
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

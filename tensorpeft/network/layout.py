@@ -112,6 +112,13 @@ def _spoken_of(spec: Spec, kind: Kind) -> set[str]:
     return {name for each in (*spoken, *(rule.rule for rule in spec.masks)) for name in each.names}
 
 
+def _sizes_of(model: ModelShape, site: Site) -> dict[str, int]:
+    """The sizes of a model; where a stack has its own, ``decoder_layers``, these are those of its sites."""
+    stack = f"{site.matrix.partition('.')[0]}_" if "." in site.matrix else "_"
+    own = {name.removeprefix(stack): size for name, size in model.sizes if name.startswith(stack)}
+    return {**dict(model.sizes), **own}
+
+
 class _Sizes:
     """The sizes at one kind of sites, each found when it is asked for."""
 
@@ -121,7 +128,7 @@ class _Sizes:
         self.splits: Splits = {
             side: [tuple(part.name for part in d.parts) for d in spec.modes if d.name == side] for side in SIDES
         }
-        self.ranks, self.model = dict(spec.ranks), dict(model.sizes)
+        self.ranks, self.model = dict(spec.ranks), _sizes_of(model, self.site)
         self.known = {"d_out": self.site.d_out, "d_in": self.site.d_in}
         if spec.tasks:
             self.known["task"] = spec.tasks

@@ -53,6 +53,11 @@ def test_each_stack_has_factors_of_its_own():
         assert all(o.block.name.endswith(side) for term in group.terms for o in term.operands)
 
 
+def test_arithmetic_speaks_of_the_stack_of_a_site():
+    found = sizes(network("query", rest=SHARED.replace("rank: {r: 2}", "rank: {r: layers}")))
+    assert (found["A_encoder"], found["A_decoder"]) == ((2, 16), (3, 16))
+
+
 @pytest.mark.parametrize("stack", ["encoder", "decoder"])
 def test_it_is_the_network_of_that_stack_alone(stack):
     both = {name: size for name, size in sizes(network("query")).items() if name.endswith(stack)}

@@ -6,6 +6,7 @@ every module (``FlopCounterMode``'s, say) have nothing to find in it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.autograd import Variable
+from torch.utils import checkpoint
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from tensorpeft.language.errors import AdapterError
 
@@ -40,7 +43,7 @@ def run(
     """The prologue's results for the factors as they are."""
     if is_traced() or not torch.is_grad_enabled():
         return recorded(code, dtype, device, factors, indices)
-    with torch.no_grad():
+    with torch.no_grad(), _disable_current_modes() if outputs_are_kept() else nullcontext():
         stacks = stacked(code, dtype, device, factors, indices)
     gradients = Gradients(stacks, factors)
     token = _Token.apply((code, dtype, device, indices), gradients, *factors)
@@ -64,12 +67,26 @@ def is_traced() -> bool:
     return followed or torch._C._get_tracing_state() is not None
 
 
-def refuse_twice() -> None:
-    """To be called in a backward pass, which records its own steps where someone wants to differentiate them too.
+def outputs_are_kept() -> bool:
+    """Whether selective checkpointing looks on: it keeps outputs of some kernels, and hands them out again in their order.
+
+    What it keeps must stay as it is, and what is done once for several segments is none of its business.
+    """
+    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
+    return any(type(mode).__module__ == checkpoint.__name__ for mode in modes)
+
+
+def refuse_unusual(gradients: Iterable[Tensor]) -> None:
+    """To be called in a backward pass with what it is given, of which someone may want what its in-place steps cannot give.
 
     Raises:
-        AdapterError: it does. ``once_differentiable`` refuses later, and not where a gradient is zero so far.
+        AdapterError: a backward pass of it (``once_differentiable`` refuses later, and not where a gradient is zero so far), or
+            several passes at once.
     """
+    if any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients):
+        raise AdapterError(
+            "an adapter takes one gradient at a time, found `is_grads_batched=True`; `torch.func.jacrev` can"
+        )
     if torch.is_grad_enabled():
         raise AdapterError(
             "an adapter's gradients cannot be differentiated again, found `create_graph=True`; `torch.func.grad` inside "

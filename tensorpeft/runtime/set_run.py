@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tensorpeft.emission.emit import SetCall
-from tensorpeft.runtime.prologue import Stacks, is_traced, refuse_twice
+from tensorpeft.runtime.prologue import Stacks, is_traced, outputs_are_kept, refuse_unusual
 
 Given = dict[str, Any]
 
@@ -76,7 +76,7 @@ def _state() -> tuple[Any, ...]:
 
 def _writable(y: Tensor) -> Tensor:
     """An output in whose memory one may write: y, or what y views as a whole; else a copy."""
-    base = y._base if y._is_view() else y
+    base = None if outputs_are_kept() else y._base if y._is_view() else y
     whole = base is not None and base.numel() == y.numel() and base.is_contiguous() and y.is_contiguous()
     if base is not None and whole and not (base.is_leaf and base.requires_grad):
         return base
@@ -102,8 +102,8 @@ class _Common(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_twice()
         present = {f"g{module}": gradient for module, gradient in enumerate(outputs) if gradient is not None}
+        refuse_unusual(present.values())
         if not present:
             return None, None, None
         ctx.gradients.check()

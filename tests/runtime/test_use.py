@@ -6,12 +6,14 @@ import contextlib
 import copy
 import io
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 import tensorpeft as tp
 from tensorpeft.runtime import hooks
@@ -86,6 +88,8 @@ def test_second_derivatives_are_refused_or_right() -> None:
     for sources in ([*adapter.parameters()], [x]):
         with pytest.raises(tp.AdapterError, match="cannot be differentiated again, found `create_graph=True`"):
             torch.autograd.grad(model(x).square().sum(), sources, create_graph=True)
+        with pytest.raises(tp.AdapterError, match="takes one gradient at a time, found `is_grads_batched=True`"):
+            torch.autograd.grad(model(x), sources, torch.randn(2, 4, 3).double(), is_grads_batched=True)
     factors = {f"{hooks.PREFIX}lora.{name}": p.detach() for name, p in adapter.named_parameters()}
     directions = {name: torch.randn_like(factor) for name, factor in factors.items()}
 
@@ -127,6 +131,20 @@ def test_an_input_that_is_changed_after_the_forward_pass(spec: str, needs_it: bo
         x.add_(1)
         truth = dense(attention.v_proj, adapter.delta("model.layers.0.self_attn.v_proj"), x)
         assert torch.allclose(attention.v_proj(x), truth, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kept", ["mm", "bmm", "addmm"])
+@pytest.mark.parametrize("spec", ["lora", "lorta"])
+def test_checkpointing_of_some_kernels(spec: str, kept: str) -> None:
+    """It keeps their outputs, among them the base's, and gives them out again in the order in which they came."""
+    model, adapter = attached("llama", spec)
+    x = inputs("llama")
+    truth = gradients(model, adapter, x)
+    contexts = partial(create_selective_checkpoint_contexts, [getattr(torch.ops.aten, kept).default])
+    model.train().enable_input_require_grads()
+    model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
+    found = gradients(model, adapter, x)
+    assert all(torch.allclose(found[name], truth[name], rtol=1e-10) for name in truth)
 
 
 @pytest.mark.parametrize("name", ["both", "bonds between several", "masked columns"])

@@ -136,7 +136,8 @@ class Adapter(nn.Module):
         """Within this context row i of a batch belongs to task ``ids[i]``.
 
         It is of the thread that enters it. Under activation checkpointing the backward pass runs the forward again, so it belongs
-        into the context too.
+        into the context too. A compiled model is compiled again for each size of batch, unless
+        ``torch._dynamo.config.force_nn_module_property_static_shapes`` is off.
 
         Raises:
             AdapterError: the spec has no task mode, or the ids are not a vector of tasks that exist.

@@ -92,11 +92,12 @@ class Codes:
         self.main = Compiled(planned)
         self._plan, self._adapts, self._alone = planned, adapts, True
         self._made: dict[tuple[Regime, bool], Compiled] = {(planned.regime, True): self.main}
+        self._followed = self.main  # what a compiler follows, which would look at every key of a dictionary
 
     def set_alone(self, alone: bool) -> None:
         """Say whether the adapter is alone on its model."""
         self._alone = alone or not self._plan.goes_through
-        self._code(self._plan.regime)
+        self._followed = self._code(self._plan.regime)
 
     def code_for(self, x: Tensor, y: Tensor) -> Compiled:
         """The code for an input: as planned for about as many tokens, with or without gradients, and numbers of this size.
@@ -104,7 +105,7 @@ class Codes:
         A compiler that follows what is done gets the adapter's own plan, for any input.
         """
         if not self._adapts or prologue.is_traced():
-            return self._code(self._plan.regime)
+            return self._followed
         tokens = x.numel() // max(1, x.shape[-1])
         near = self._plan.regime.near(tokens, gradients=torch.is_grad_enabled(), number_bytes=y.dtype.itemsize)
         return self._code(near)
@@ -119,11 +120,11 @@ class Codes:
 
     def place(self, device: torch.device) -> None:
         """Put the constants of a plan that a compiler gets on a device."""
-        self._code(self._plan.regime).indices(device)
+        self._followed.indices(device)
 
     def forget(self) -> None:
         """Drop all results on factors alone."""
-        for compiled in list(self._made.values()):
+        for compiled in [self._followed] if prologue.is_traced() else list(self._made.values()):
             compiled.forget()
 
 

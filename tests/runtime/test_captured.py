@@ -122,6 +122,20 @@ def test_another_adapter_of_a_spec_needs_no_compilation(spec: str, gradients: bo
         assert all(torch.allclose(g, t, rtol=1e-3, atol=1e-4) for g, t in zip(grads, truth, strict=True))
 
 
+def test_lengths_and_plans_of_their_own_need_no_compilation() -> None:
+    """What runs between two calls of a compiled model makes plans for other lengths, of which the compiler must not know."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
+    randomise(tp.attach(model, tp.load_spec("lora", rank=2, matrices=["all-linear"])))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
+    for number, (batch, tokens) in enumerate([(3, 7), (2, 5), (4, 19), (5, 40)]):
+        x = torch.randn(batch, tokens, 6)
+        with torch._dynamo.config.patch(error_on_recompile=number > 1):
+            found = compiled(x)
+        assert torch.allclose(found, model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # the compiler looks at each layer's input
 def test_layers_that_are_compiled_by_themselves() -> None:
     torch._dynamo.reset()

@@ -86,8 +86,8 @@ def check_merge(model: nn.Module, adapter: tp.Adapter, x: Tensor, task: int | No
 
 
 SPLITS = {
-    "d_out": {"d_out": ["d_out"], "d_out = o1 * o2": ["o1", "o2"], "d_out = o1(2) * o2": ["o1", "o2", "d_out"]},
-    "d_in": {"d_in": ["d_in"], "d_in = i1 * i2": ["i1", "i2"], "d_in = i1 * i2(4)": ["i1", "i2", "d_in"]},
+    "d_out": {"d_out": ["d_out"], "d_out = o1 * o2": ["o1", "o2"], "d_out = p1(2) * p2": ["p1", "p2", "d_out"]},
+    "d_in": {"d_in": ["d_in"], "d_in = i1 * i2": ["i1", "i2"], "d_in = j1 * j2(4)": ["j1", "j2", "d_in"]},
 }
 TARGETS = ("all-linear", {"matrices": ["mix", "grow"]}, {"matrices": ["*.0.mix", "*.1.grow"]})
 
@@ -143,29 +143,34 @@ def masks(draw: st.DrawFn, terms: list[Modes], known: set[str]) -> dict[str, obj
 
 @st.composite
 def random_specs(draw: st.DrawFn) -> str:
-    """One or two products over random modes, perhaps others in the second layer."""
-    splits = [draw(st.sampled_from(list(SPLITS[side]))) for side in SPLITS]
-    opened = [mode for side, split in zip(SPLITS, splits, strict=True) for mode in SPLITS[side][split]]
-    size = st.one_of(st.integers(1, 3), st.sampled_from([{"*": 2, ELSEWHERE: 3}, {"*": 3, ELSEWHERE: 1}]))
+    """One or two products over random modes, each with its own split of the sides, perhaps others in the second layer."""
+
+    def product(prefix: str) -> Modes:
+        opened = [mode for ways in SPLITS.values() for mode in draw(st.sampled_from(list(ways.values())))]
+        return draw(products(prefix, opened, list(bonds), bool(tasks)))
+
+    size = st.one_of(st.integers(1, 3), st.sampled_from([{"*": 2, ELSEWHERE: 3}, {"*": 3, ELSEWHERE: 1}, "layer + 1"]))
     bonds = {f"r{number}": draw(size) for number in range(draw(st.integers(1, 4)))}
     tasks = draw(st.sampled_from([None, 3]))
     entries = {
-        where: [draw(products(prefix, opened, list(bonds), bool(tasks))) for prefix in prefixes]
+        where: [product(prefix) for prefix in prefixes]
         for where, prefixes in draw(st.sampled_from([{"*": "F"}, {"*": "FG"}, {"*": "F", ELSEWHERE: "GH"}])).items()
     }
     update = {where: summed(draw, terms) for where, terms in entries.items()}
-    every = [product for terms in entries.values() for product in terms]
-    carried = {mode for product in every for modes in product.values() for mode in modes}
+    every = [each for terms in entries.values() for each in terms]
+    carried = {mode for each in every for modes in each.values() for mode in modes}
     spec = {
         "tensorpeft": 1,
         "target": draw(st.sampled_from(TARGETS)),
-        "modes": [split for split in splits if carried & {*re.findall(r"[oi]\d", split)}],
+        "modes": [
+            way for ways in SPLITS.values() for way, modes in ways.items() if len(modes) > 1 and carried & {*modes[:2]}
+        ],
         "rank": bonds,
         "tasks": tasks,
         "update": update if len(update) > 1 else update["*"],
-        "factors": {draw(st.sampled_from([f for f in product if f != "W"])): {"init": "zeros"} for product in every},
+        "factors": {draw(st.sampled_from([f for f in each if f != "W"])): {"init": "zeros"} for each in every},
         "ragged": {mode: policy for mode, policy in draw(st.sampled_from(POLICIES)).items() if mode in {*carried, "*"}},
-        "mask": draw(masks(every, {*opened, *bonds})),
+        "mask": draw(masks(every, carried - {"matrix", "layer", "task"})),
     }
     return json.dumps({key: value for key, value in spec.items() if value}, indent=1)  # YAML too, and without anchors
 

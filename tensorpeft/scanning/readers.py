@@ -1,4 +1,4 @@
-"""Which modules a class reads the weights of, and never calls, by its own source."""
+"""Which modules a class reads the weights of, by its own source."""
 
 from __future__ import annotations
 
@@ -14,19 +14,23 @@ _ABOUT = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "data", "i
 
 
 @cache
-def read_modules(module_class: type[nn.Module]) -> frozenset[str]:
-    """The attributes ``x`` of which a class has ``self.x.weight`` and no call ``self.x(...)``, nor any other use.
+def read_modules(module_class: type[nn.Module], *, called: bool) -> frozenset[str]:
+    """The attributes ``x`` of which a class has ``self.x.weight``; those without a call ``self.x(...)``, or with one too.
 
-    What is added to the output of such a module would have no effect. Of a class without a source nothing is known.
+    What is added to the output of such a module has no effect where the weight is read: in a fused kernel that does the work
+    of a call, say. (Torch's own classes take theirs only where no module has a hook.) Of a class without a source nothing is
+    known.
     """
     read: set[str] = set()
     used: set[str] = set()
     for each in module_class.__mro__:
         if each is nn.Module:
             break
-        for name, is_read in _mentions(each):
-            (read if is_read else used).add(name)
-    return frozenset(read - used)
+        mentions = set(_mentions(each))
+        used |= {name for name, is_read in mentions if not is_read}
+        by_torch = each.__module__.startswith("torch.")
+        read |= {name for name, is_read in mentions if is_read and not (by_torch and (name, False) in mentions)}
+    return frozenset(read if called else read - used)
 
 
 def _mentions(module_class: type) -> Iterator[tuple[str, bool]]:
@@ -50,8 +54,14 @@ def _of_function(function: ast.FunctionDef) -> Iterator[tuple[str, bool]]:
             if not isinstance(around, ast.Attribute):
                 yield node.attr, False
             elif around.attr == "weight":
-                beyond = outer.get(around)
-                if not (isinstance(beyond, ast.Attribute) and beyond.attr in _ABOUT):
+                if not _is_about(outer.get(around)):
                     yield node.attr, True
             elif around.attr not in ("bias", "training"):
                 yield node.attr, False
+
+
+def _is_about(use: ast.AST | None) -> bool:
+    """Whether a use of a weight asks for no number of it: ``weight.dtype``, ``isinstance(weight, Tensor)``."""
+    if isinstance(use, ast.Call):
+        return isinstance(use.func, ast.Name) and use.func.id == "isinstance"
+    return isinstance(use, ast.Attribute) and use.attr in _ABOUT

@@ -86,7 +86,7 @@ def _is_read(linear: Linear, modules: Mapping[str, nn.Module], known: Architectu
     if is_told or linear.kind not in ("linear", "embedding") or not linear.module:
         return False
     reader: Any = type(modules[parent])
-    return name in read_modules(reader)
+    return name in read_modules(reader, called=linear.kind == "linear")  # of an embedding a whole new weight is much
 
 
 def _architecture(modules: Mapping[str, nn.Module], found: Iterable[Linear]) -> Architecture | None:

@@ -1,4 +1,4 @@
-"""Adapters where something else has a hand in the model: weights that are not there, modules that are replaced."""
+"""Adapters where something else has a hand in the model: weights not there, modules replaced, kernels that take a weight."""
 
 from __future__ import annotations
 
@@ -44,3 +44,34 @@ def test_nothing_is_merged_into_a_module_of_other_sides():
         "the module was replaced, and the adapter is not on the new one"
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Mixer(nn.Module):
+    """A module of which a fused kernel takes the weight where there is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.out, self.fused = nn.Linear(4, 4), False
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.out.weight, self.out.bias) if self.fused else self.out(x)
+
+
+def test_a_fused_kernel_has_the_update_as_a_call_has():
+    torch.manual_seed(0)
+    model = nn.Sequential(Mixer(), nn.Tanh(), Mixer())
+    adapter = tp.attach(model, ALL)
+    randomise(adapter)
+    x, found = torch.randn(5, 4), {}
+    for fused in (False, True):
+        model[0].fused = model[2].fused = fused
+        found[fused] = model(x)
+        found[fused].square().sum().backward()
+        found[fused, "grad"] = [parameter.grad.clone() for parameter in adapter.parameters()]
+        adapter.zero_grad()
+    assert torch.allclose(found[True], found[False], atol=1e-6)
+    for one, other in zip(found[True, "grad"], found[False, "grad"], strict=True):
+        assert one.any()
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    adapter.merge()
+    assert torch.allclose(model(x), found[True], atol=1e-6)

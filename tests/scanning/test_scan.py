@@ -254,18 +254,23 @@ def test_a_transformer_of_torch_reads_its_attention_s_weights():
 
 
 class Reader(nn.Module):
-    """Which of its modules does it read, and never call?"""
+    """Of which of its modules does it read the weights?"""
 
     def __init__(self):
         super().__init__()
         for name in ("read", "called", "both", "handed_on", "asked", "head"):
             setattr(self, name, nn.Linear(8, 8))
-        self.table = nn.Embedding(4, 8)
+        self.table, self.tables = nn.Embedding(4, 8), nn.Embedding(8, 8)
         nn.init.zeros_(self.asked.weight)
 
     def forward(self, x):
         x = x @ self.read.weight.t() + self.read.bias + self.table.weight.sum(0)
         x = self.called(x).to(self.called.weight.dtype) + self.both(x) + x @ self.both.weight
+        x = (
+            x + self.tables(torch.arange(8)) + self.tables.weight.sum()
+            if isinstance(self.called.weight, torch.Tensor)
+            else x
+        )
         return torch.utils.checkpoint.checkpoint(self.handed_on, x) + x.to(self.asked.weight.dtype)
 
 
@@ -274,10 +279,16 @@ class Subclass(Reader):
         return super().forward(x) + self.head.weight
 
 
-def test_a_weight_that_is_read_and_never_called():
+def test_a_weight_that_is_read():
+    """Called too or not; an embedding is replaced only where it is never called."""
     read = {site.path: (site.module, site.parameter) for site in scan(Reader()).sites if site.kind == "parameter"}
-    assert read == {"read": ("", "read.weight"), "table": ("", "table.weight")}
-    assert {site.path for site in scan(Subclass()).sites if site.kind == "parameter"} == {"read", "table", "head"}
+    assert read == {"read": ("", "read.weight"), "both": ("", "both.weight"), "table": ("", "table.weight")}
+    assert {site.path for site in scan(Subclass()).sites if site.kind == "parameter"} == {
+        "read",
+        "both",
+        "table",
+        "head",
+    }
     inside = scan(nn.ModuleDict({"a": Reader()}))
     assert [(s.module, s.parameter) for s in inside.sites if s.path == "a.read"] == [("a", "read.weight")]
 

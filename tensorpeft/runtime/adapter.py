@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
@@ -77,7 +78,14 @@ class Adapter(nn.Module):
 
     def extra_repr(self) -> str:
         trained = sum(parameter.numel() for parameter in self.parameters())
-        return f"{self.name}: {self.spec.update}, {len(self.sites)} sites, {trained:,} trained"
+        times = Counter(site.matrix for site in self.sites)
+        sites = ", ".join(f"{number} of {matrix}" for matrix, number in times.items())
+        lines = (
+            f"{self.name}: {self.spec.update}".removesuffix(": "),
+            sites and f"sites: {sites}",
+            f"trained: {trained:,}",
+        )
+        return "\n".join(filter(None, lines))
 
     def delta(self, module: str, task: int | None = None) -> Tensor:  # shape: (d_out, d_in)
         """The update dW of the module at a path, in the factors' dtype; zero in rows of a fused module that have no site.

@@ -31,6 +31,10 @@ class Factors(nn.Module):
             else:
                 self.register_buffer(block.name, tensor, persistent=not block.seeded)
 
+    def extra_repr(self) -> str:
+        named = [*self.named_parameters(), *((f"{name}, frozen", buffer) for name, buffer in self.named_buffers())]
+        return "\n".join(f"{name}: {' x '.join(map(str, tensor.shape))}" for name, tensor in named)
+
     def __getitem__(self, name: str) -> Tensor:
         """The tensor of a block."""
         tensor = getattr(self, name)

@@ -33,3 +33,22 @@ def test_a_config_says_as_much_as_its_model(method):
     assert by_config.factors == by_model.factors
     assert by_config.matrices == by_model.matrices
     assert by_config.base == by_model.base
+
+
+def test_an_adapter_tells_where_it_is():
+    adapter = attach(models.build("llama"), load_spec("vera", rank=4))
+    assert repr(adapter) == (
+        "Adapter(\n"
+        "  vera: b[matrix, layer, d_out] * B[d_out, r] * d[matrix, layer, r] * A[r, d_in]\n"
+        "  sites: 2 of query, 2 of value\n"
+        "  trained: 208\n"
+        "  (factors): Factors(\n"
+        "    b_d_out64: 1 x 2 x 64\n"
+        "    b_d_out32: 1 x 2 x 32\n"
+        "    d: 2 x 2 x 4\n"
+        "    B, frozen: 64 x 4\n"
+        "    A, frozen: 4 x 64\n"
+        "  )\n"
+        "  (extras): Extras()\n"
+        ")"
+    )

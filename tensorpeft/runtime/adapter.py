@@ -121,7 +121,7 @@ class Adapter(nn.Module):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context the model is the base model, beside the other adapters that it may have."""
+        """Within this context the model is the base model, beside the other adapters that it may have: for every thread."""
         before, merged = self._enabled, self._merged
         if merged is not None:
             self.unmerge()

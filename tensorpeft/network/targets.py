@@ -34,7 +34,8 @@ def choose(target: Target, shape: ModelShape) -> tuple[Site, ...]:
 
     Raises:
         SpecError: with every entry that matches nothing, every exclusion that removes nothing, the layers that do not
-            exist, each matrix that some layers lack or another stack may hide, or nothing left at the end.
+            exist, each matrix that some layers lack or another stack may hide, ``all-linear`` where most linear modules are
+            outside the layers, or nothing left at the end.
     """
     problems = list(_layer_problems(target, shape))
     wanted: dict[Key, Site] = {}
@@ -140,6 +141,12 @@ def _entry_problems(entry: str, target: Target, shape: ModelShape, found: tuple[
         hint = "".join(f"; it may be a part of `{name}`" for name in _hiding(entry, target, shape)[:1])
         message = f"`{entry}` matches nothing in {shape.name}, which has {_named(known)}"
         yield Problem(message + (hint or did_you_mean(entry, names)), target.span(entry))
+    elif entry == ALL_LINEAR:
+        others = dict.fromkeys(site.matrix for site in shape.sites if site.is_linear and site not in found)
+        if sum(site.is_linear for site in shape.sites) > 2 * len(found):
+            stacks = listing(dict.fromkeys(site.stack or "" for site in found))
+            told = f"`{entry}` means what is inside the layers, which is {len(found)} in {stacks} here, and would leave out more"
+            yield Problem(f"{told}: {listing(others, 4)}; name the matrices that are meant", target.span(entry))
     elif not _means_some(entry):
         for stack, layers in _lacking(found, target, shape).items():
             where = f"layer{'s' * (len(layers) > 1)} {ranges(layers)} of `{stack}`"

@@ -137,3 +137,15 @@ def test_a_value_that_only_a_fused_weight_may_hold():
     assert str(caught.value) == (
         "`value` matches nothing in Plain, which has `query`, `key`, `qkv`, `out`; it may be a part of `qkv`"
     )
+
+
+def test_all_linear_that_would_leave_out_most():
+    """Two heads in a list are layers of their own; what is meant is somewhere else."""
+    shape = plain("encoder1.q", "encoder1.k", "encoder2.q", "encoder2.k", "neck", "heads.0", "heads.1")
+    with pytest.raises(SpecError) as caught:
+        choose(Target(("all-linear",)), shape)
+    assert str(caught.value) == (
+        "`all-linear` means what is inside the layers, which is 2 in `heads` here, and would leave out more: "
+        "`encoder1.q`, `encoder1.k`, `encoder2.q`, `encoder2.k` and 1 more; name the matrices that are meant"
+    )
+    assert len(choose(Target(("encoder1.*", "encoder2.*", "heads")), shape)) == 6

@@ -60,11 +60,9 @@ def _refuse(model: object) -> None:
     """What is no torch model, or none yet, or none any more."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch model, found {clip(repr(model))} of type `{type(model).__name__}`")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise ModelError("the model is one of TorchScript, which cannot be adapted; compile it afterwards")
     for path, module in model.named_modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            raise ModelError(
-                f"`{path}` is a module of TorchScript, which cannot be adapted; compile the model afterwards"
-            )
         if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
             raise ModelError(
                 f"`{path}` ({type(module).__name__}) has no weight yet; call the model once, then adapt it"
@@ -72,9 +70,10 @@ def _refuse(model: object) -> None:
 
 
 def _linears(modules: Mapping[str, nn.Module]) -> list[Linear]:
-    """The weights that act as matrices; one without any numbers is none."""
+    """The weights that act as matrices; one without any numbers is none, nor one that TorchScript has compiled."""
     attentions = [module for module in modules.values() if isinstance(module, nn.MultiheadAttention)]
     apart = {id(module.out_proj) for module in attentions}  # its weight is one that the attention reads
+    apart |= {id(module) for module in modules.values() if isinstance(module, torch.jit.ScriptModule)}
     whole = (linear for path, module in modules.items() if id(module) not in apart for linear in linears(path, module))
     return [part for linear in whole if linear.d_out and linear.d_in for part in parts(linear, modules)]
 

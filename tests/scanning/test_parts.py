@@ -99,10 +99,9 @@ def test_what_is_no_model(model, message):
 def test_a_scripted_module_cannot_be_adapted():
     scripted = torch.jit.trace(nn.Linear(3, 3), torch.zeros(1, 3), check_trace=False)
     with pytest.raises(ModelError) as caught:
-        tp.attach(nn.ModuleDict({"head": scripted}), "lora")
-    assert (
-        str(caught.value) == "`head` is a module of TorchScript, which cannot be adapted; compile the model afterwards"
-    )
+        tp.attach(scripted, "lora")
+    assert str(caught.value) == "the model is one of TorchScript, which cannot be adapted; compile it afterwards"
+    assert [site.module for site in scan(nn.ModuleDict({"body": nn.Linear(3, 3), "head": scripted})).sites] == ["body"]
 
 
 def test_a_weight_without_numbers_is_no_site():

@@ -34,6 +34,7 @@ _CHECKS: tuple[tuple[Check, str, tuple[str, ...]], ...] = (
     (sizes.part_sizes, "modes", ("rank",)),
     (factors.initialisers, "factors", ("share", "modes")),
     (factors.stored_factors, "factors", ("frozen", "factors")),
+    (factors.magnitudes, "factors", ("factors", "mask", "ragged", "tasks")),
     (masks.masks, "mask", ("share", "modes")),
     (masks.scores, "scores", ("scores", "mask")),
     (sizes.scale, "scale", ("alpha", "rank")),

@@ -8,7 +8,7 @@ from tensorpeft.language import names
 from tensorpeft.language.check_calls import arithmetic, constant, signature, unknown
 from tensorpeft.language.errors import Problem, did_you_mean, listing
 from tensorpeft.language.nodes import Table
-from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES, STRUCTURAL_MODES, Spec
+from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.start import dead_factors, nonzero_products, origin
 from tensorpeft.language.syntax import Call, Expression, Name, Product, Spectral
 from tensorpeft.language.words import DECOMPOSITIONS, INITIALISERS, LAYER
@@ -141,6 +141,26 @@ def stored_factors(spec: Spec, table: Table) -> Iterator[Problem]:
         if rule.frozen and "lr" in table.table("factors").table(name):
             message = f"`{name}` is frozen, so `lr` has no effect; expected it for trained factors only"
             yield Problem(message, table.table("factors").place(name, "lr"))
+
+
+def magnitudes(spec: Spec, table: Table) -> Iterator[Problem]:
+    """A factor over a norm is trained and whole, has a norm for each site, along one side, and starts from it."""
+    carried = names.first_modes(spec)
+    for name, rule in spec.factors:
+        if not rule.norm:
+            continue
+        sides = [mode for mode in carried[name] if mode not in SITE_MODES]
+        if len(sides) != 1 or sides[0] not in SIDES or not {"matrix", "layer"} <= {*carried[name]}:
+            message = f"`{name}` is over the norms of W + dW, and carries {listing(carried[name])}"
+            yield Problem(f"{message}; expected `matrix`, `layer` and one of {listing(SIDES)}", rule.span)
+        elif spec.policy(sides[0]) == "group":
+            yield Problem(f"`{name}` is over the norms of W + dW, which the policy `group` cannot share", rule.span)
+        said = table.table("factors").table(name)
+        unfit = ["init"] * ("init" in said) + ["frozen"] * rule.frozen
+        unfit += ["mask"] * any(mask.factor == name for mask in spec.masks) + ["tasks"] * (spec.tasks is not None)
+        if unfit:
+            message = f"`{name}` has `norm`: it is trained from the norms of W + dW, one for each row or column"
+            yield Problem(f"{message}; expected no `{unfit[0]}`", rule.span)
 
 
 def trained(spec: Spec, table: Table) -> Iterator[Problem]:

@@ -13,7 +13,7 @@ from tensorpeft.language.nodes import Table
 from tensorpeft.language.spec import FactorRule, MaskRule
 from tensorpeft.language.start import origin
 from tensorpeft.language.syntax import Initialiser, Reference, Spectral
-from tensorpeft.language.words import LINEAR
+from tensorpeft.language.words import LINEAR, ONES
 
 
 def read_factors(table: Table, form: Form, findings: Findings) -> dict[str, FactorRule]:
@@ -33,7 +33,8 @@ def read_factors(table: Table, form: Form, findings: Findings) -> dict[str, Fact
         stored = _is_true(said, "stored") or (is_frozen and from_weight)
         lr = said.scalar("lr")
         span = table.table("factors").where(name) if name in table.table("factors") else reference.span
-        rules[name] = FactorRule(inits[name], is_frozen, stored, float(str(lr.value)) if lr else 1.0, span)
+        rate, norm = float(str(lr.value)) if lr else 1.0, _is_true(said, "norm")
+        rules[name] = FactorRule(inits[name], is_frozen, stored, rate, norm, span)
     return rules
 
 
@@ -45,7 +46,9 @@ def _is_true(said: Table, key: str) -> bool:
 def _inits(table: Table, form: Form, findings: Findings) -> Iterator[tuple[str, Initialiser]]:
     for name in form.factors:
         init: Initialiser = form.inits.get(name, LINEAR)
-        if text := table.table("factors").table(name).scalar("init"):
+        if _is_true(table.table("factors").table(name), "norm"):  # as it stands in a product, over the norms
+            init = ONES
+        elif text := table.table("factors").table(name).scalar("init"):
             with findings.under("factors"):
                 init = parse_init(text)
         yield name, init

@@ -53,6 +53,7 @@ class FactorRule:
     frozen: bool = False
     stored: bool = False  # a frozen factor that the checkpoint holds, rather than its seed
     lr: float = 1.0  # multiplies the learning rate
+    norm: bool = False  # a magnitude: it is divided by the norms of W + dW, from which it starts
     span: Span | None = field(default=None, compare=False, repr=False)
 
 

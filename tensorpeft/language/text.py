@@ -95,7 +95,7 @@ def _heads(heads: Heads) -> Iterator[str]:
 
 
 def _rule(rule: FactorRule) -> str:
-    said = [("init", _quoted(str(rule.init), _BARE_IN_LIST))]
+    said = [("norm", "true")] if rule.norm else [("init", _quoted(str(rule.init), _BARE_IN_LIST))]
     said += [(key, "true") for key, value in (("frozen", rule.frozen), ("stored", rule.stored)) if value]
     if rule.lr != 1:
         said.append(("lr", _number(rule.lr)))

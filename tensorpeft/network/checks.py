@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
-from tensorpeft.language.spec import Spec
+from tensorpeft.language.spec import BASE_WEIGHT, Spec
 from tensorpeft.language.syntax import Choice, Selector, ranges
 from tensorpeft.network.modes import written_modes
 from tensorpeft.network.selection import Kind
@@ -31,7 +31,8 @@ def check_activations(spec: Spec, sites: Sequence[Site]) -> None:
         SpecError: it does not.
     """
     apart = next((site for site in sites if site.kind != "linear"), None)
-    needs = "tasks" if spec.tasks else "dropout" if spec.dropout else None
+    over_norms = any(rule.norm for _, rule in spec.factors)
+    needs = "tasks" if spec.tasks else "dropout" if spec.dropout else "norm" if over_norms else None
     if apart and needs:
         problem = (
             f"`{needs}` needs the input of a linear module, which {apart} does not have; leave it out of the target"
@@ -83,14 +84,19 @@ def _hint(name: str, sites: Sequence[Site]) -> str:
 
 
 def check_experts(spec: Spec, placed: Sequence[tuple[Site, Kind]]) -> None:
-    """Where a product carries the mode `expert`, its sites are those of experts.
+    """Where a product carries the mode `expert`, its sites are those of experts; and what is over norms has one for each of them.
 
     Raises:
-        SpecError: one is not.
+        SpecError: one is not, or several have one.
     """
     for kind in dict.fromkeys(kind for _, kind in placed):
         for reference in (f for product in kind.products for f in product.factors):
-            if "expert" in written_modes(reference, spec.modes):
+            if "expert" not in written_modes(reference, spec.modes):
+                site = next((site for site, k in placed if k is kind and site.expert is not None), None)
+                if site is not None and reference.factor != BASE_WEIGHT and spec.factor(reference.factor).norm:
+                    message = f"`{reference}` is over the norms of W + dW, and {site} is one of several experts"
+                    raise SpecError([Problem(f"{message}; expected the mode `expert`", reference.span)])
+            else:
                 site = next((site for site, k in placed if k is kind and site.expert is None), None)
                 if site is not None:
                     message = f"`{reference}` carries the mode `expert`, and {site} belongs to none"

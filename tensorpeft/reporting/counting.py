@@ -82,7 +82,7 @@ def _factor(block: Block) -> FactorEntry:
         trainable=block.trainable,
         stored=not block.seeded,
         masked=block.count != prod(shape),
-        init=str(block.rule.init),
+        init="norm of W + dW" if block.rule.norm else str(block.rule.init),
         lr=block.rule.lr,
     )
 

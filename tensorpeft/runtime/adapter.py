@@ -23,6 +23,7 @@ from tensorpeft.runtime.compiled import Codes, Compiled
 from tensorpeft.runtime.extras import Extras
 from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.hooks import Attachment
+from tensorpeft.runtime.norms import Magnitudes
 from tensorpeft.runtime.set_run import SetRun
 from tensorpeft.runtime.spectral import fill_from_weights
 from tensorpeft.runtime.tasks import Tasks
@@ -217,6 +218,7 @@ class Adapter(nn.Module):
             self.factors.fill(block, self.spec.seed)
         if self.attachment is not None:
             fill_from_weights(self)
+            self.magnitudes.fill()
         self.extras.reset_parameters()
         self.forget()
 
@@ -264,7 +266,7 @@ class Adapter(nn.Module):
 
     def _land(self, compiled: Compiled, number: int, place: int, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Of one input set, at x: the update of one of its modules added to y."""
-        stacks = compiled.stacks(self.factors, y.dtype, y.device)
+        stacks = compiled.stacks(self.factors, self.magnitudes.norms, y.dtype, y.device)
         run = self._runs.pop(number, None)
         if run is None or not run.fits(place, x, stacks):
             given = self._given(compiled, number, module, x, y)
@@ -301,6 +303,7 @@ class Adapter(nn.Module):
         self._codes = Codes(self.plan, adapts=self.adapts)
         self._codes.set_alone(self._alone)
         self.apart = Apart(self)
+        self.magnitudes = Magnitudes(self)
         self._tasks = Tasks()
         self.forget()
         self._place()
@@ -310,6 +313,7 @@ class Adapter(nn.Module):
         for factor in self.factors.tensors()[:1]:
             self._codes.place(factor.device)
             self.apart.place(factor.device)
+            self.magnitudes.place(factor.device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)
@@ -317,7 +321,7 @@ class Adapter(nn.Module):
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_codes", "_runs", "_tasks", "apart")
+        left_out = ("_codes", "_runs", "_tasks", "apart", "magnitudes")
         return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -73,7 +73,7 @@ class ApartCode:
         given = tuple(factors[name] for name in self.inputs)
         device = given[0].device
         indices = tuple(index.on(device) for index in self.indices)
-        found = prologue.stacked(self.code, dtype, device, given, indices)
+        found = prologue.stacked(self.code, dtype, device, given, (None,) * len(given), indices)
         for term, each, tensors in zip(self.group.terms, self.chains, self.tensors, strict=True):
             yield Built(term, each, each.sign * self.group.scale, tuple(tensor(found) for tensor in tensors))
 

@@ -50,6 +50,7 @@ def attach_plan(
     adapter.attachment = Attachment(model, adapter)
     if values is None:
         fill_from_weights(adapter)
+        adapter.magnitudes.fill()
     adapter.train(model.training)
     stored = {extra.path: stored_name(extra.path) for extra in plan.network.extras}
     adapter.attachment.install({path: values[name] for path, name in stored.items()} if values is not None else {})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from tensorpeft.runtime import prologue
 from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.prologue import Stacks
 
+Norms = Callable[[], Mapping[str, Tensor]]  # of blocks, by their names: what they are divided by
 Places = dict[str, tuple[tuple[int, int], ...]]  # of a module: its input sets, and which of their modules it is
 
 
@@ -53,7 +54,7 @@ class Compiled:
             self._placed[device] = self.code.on(device)
         return self._placed[device]
 
-    def stacks(self, factors: Factors, dtype: torch.dtype, device: torch.device) -> Stacks:
+    def stacks(self, factors: Factors, norms: Norms, dtype: torch.dtype, device: torch.device) -> Stacks:
         """The prologue's results for the factors as they are, computed at the first site that asks.
 
         The model's forward starts by forgetting them. The versions of the factors and the places of their numbers guard the rest:
@@ -75,11 +76,15 @@ class Compiled:
                     "attach it when the model's weights are loaded, and to a model that is not offloaded"
                 )
             indices = self.indices(taken[0].device)[0]
-            stacks = prologue.run(self.code.prologue, dtype, device, taken, indices)
+            stacks = prologue.run(self.code.prologue, dtype, device, taken, lambda: self._over(norms()), indices)
             found = stacks, [factor.detach() for factor in taken if state]  # so that no other numbers come to lie there
             kept = {key: kept for key, kept in self._stacks.items() if key[-1] == state}
             self._stacks = {**kept, (dtype, device, state): found}
         return found[0]
+
+    def _over(self, norms: Mapping[str, Tensor]) -> prologue.Norms:
+        """What each block that the prologue takes is divided by."""
+        return tuple(norms.get(name) for name in self.code.inputs)
 
 
 class Codes:

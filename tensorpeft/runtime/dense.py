@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from tensorpeft.emission.emit import taken
+from tensorpeft.emission.index import Index
 from tensorpeft.emission.module import module
 from tensorpeft.emission.named import Code
 from tensorpeft.emission.prologue_code import PrologueCode
@@ -26,47 +27,74 @@ if TYPE_CHECKING:
     from tensorpeft.runtime.adapter import Adapter
 
 
-class GroupUpdates:
-    """The updates at the sites of a group, in the factors' own dtype. They carry gradients where autograd records."""
+class GroupCode:
+    """Emitted code for the updates at the sites of a group, each as a matrix."""
 
-    def __init__(self, adapter: Adapter, group: Group, task: int | None) -> None:
-        self.adapter, self.group, self.task = adapter, group, task
-        self.plan = Plan(adapter.network, adapter.plan.regime, (dense_plan(group),), ())
-        self.strands = strands(self.plan.groups[0], 1, {})
-        self.codes = [_code(strand) for strand in self.strands]
-
-    @cached_property
-    def pieces(self) -> list[list[tuple[tuple[Tensor, ...], tuple[int, ...]] | None]]:
-        """Of each product's pieces: the tensors, and for each site which one is its own. None stands for the base weight."""
-        code = PrologueCode(self.plan)
-        planned = self.plan.groups[0]
-        stacks = [
+    def __init__(self, planned: Plan, group: Group) -> None:
+        self.group = group
+        dense = Plan(planned.network, planned.regime, (dense_plan(group),), ())
+        cut = strands(dense.groups[0], 1, {})
+        self.codes = [_code(strand) for strand in cut]
+        self.takes = [[node.name for node in made.graph.nodes if node.op == "placeholder"] for made in self.codes]
+        code, bundles = PrologueCode(dense), dense.groups[0].bundles
+        # of each product's pieces the stack, and for each site its row; None stands for the base weight
+        self.stacks = [
             [
-                None if p.is_base else code.stack([code.part(self.group, term, strand.met[0].link, p, planned.bundles)])
+                None if p.is_base else code.stack([code.part(group, term, strand.met[0].link, p, bundles)])
                 for p in strand.met[0].pieces
             ]
-            for term, strand in zip(self.group.terms, self.strands, strict=True)
+            for term, strand in zip(group.terms, cut, strict=True)
         ]
-        factors = tuple(self.adapter.factors[name] for name in code.inputs)
-        device = factors[0].device
-        indices = tuple(index.on(device) for _, index in code.indices.values())
-        rows = prologue.recorded(code.finish(), factors[0].dtype, device, factors, indices).rows
-        return [[None if found is None else (rows[found[0]], found[1]) for found in each] for each in stacks]
+        self.prologue = code.finish()
+        self.inputs = tuple(code.inputs)
+        self.indices = tuple(index for _, index in code.indices.values())
+        self.taken = [taken(term) for term in group.terms]
+        self.kept = [_positions(term, group.sites[0]) for term in group.terms]
 
-    def at(self, number: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of each product at a site: the update, and which rows and columns of the module's weight it is for."""
-        site = self.group.sites[number]
-        found = []
-        for term, code, pieces in zip(self.group.terms, self.codes, self.pieces, strict=True):
-            like = self.adapter.factors[self.adapter.network.blocks[0].name]
-            tensors = [self._weight(site, like) if p is None else p[0][p[1][number]] for p in pieces]
-            given = {f"p{n}": tensor for n, tensor in enumerate(tensors)}
-            given |= {name: index.on(like.device) for name, index in taken(term).items()}
-            if self.task is not None:
-                given["ids"] = torch.tensor([self.task], device=like.device)
-            update = code.forward(*(given[node.name] for node in code.graph.nodes if node.op == "placeholder"))
-            found.append((update, *_positions(term, site, like.device)))
-        return found
+    def constants(self) -> Iterator[Index]:
+        """What it reads at every call."""
+        yield from self.indices
+        yield from (index for each in self.taken for index in each.values())
+        yield from (index for each in self.kept for index in each or ())
+
+
+class GroupUpdates:
+    """The updates at the sites of a group, in the factors' own dtype. They carry gradients where autograd records.
+
+    ``value`` gives the tensors of blocks, by their names.
+    """
+
+    def __init__(self, adapter: Adapter, code: GroupCode, task: int | None, value: Callable[[str], Tensor]) -> None:
+        self.adapter, self.code, self.task = adapter, code, task
+        factors = tuple(value(name) for name in code.inputs)
+        device, over = factors[0].device, (None,) * len(factors)
+        indices = tuple(index.on(device) for index in code.indices)
+        self.rows = prologue.recorded(code.prologue, factors[0].dtype, device, factors, over, indices).rows
+
+    def at(self, number: int) -> Tensor:  # shape: (d_out, d_in)
+        """The update of a site."""
+        like = self.adapter.factors[self.adapter.network.blocks[0].name]
+        total = None
+        for place in range(len(self.code.codes)):
+            update = self._product(place, number, like).to(like.dtype)
+            total = update if total is None else total + update
+        assert total is not None
+        return total
+
+    def _product(self, place: int, number: int, like: Tensor) -> Tensor:  # shape: (d_out, d_in)
+        """One product, zero where it has nothing."""
+        code, site = self.code.codes[place], self.code.group.sites[number]
+        stacks = self.code.stacks[place]
+        tensors = [self._weight(site, like) if s is None else self.rows[s[0]][s[1][number]] for s in stacks]
+        given = {f"p{n}": tensor for n, tensor in enumerate(tensors)}
+        given |= {name: index.on(like.device) for name, index in self.code.taken[place].items()}
+        if self.task is not None:
+            given["ids"] = torch.tensor([self.task], device=like.device)
+        update: Tensor = code.forward(*[given[name] for name in self.code.takes[place]])
+        if self.code.kept[place] is None:
+            return update
+        rows, columns = (index.on(like.device) for index in self.code.kept[place] or ())
+        return update.new_zeros(site.d_out, site.d_in).index_put((rows[:, None], columns), update)
 
     def _weight(self, site: Site, like: Tensor) -> Tensor:
         attachment = self.adapter.attachment
@@ -96,8 +124,9 @@ def _code(strand: Strand) -> fx.GraphModule:
     return module(code.graph, "Update")
 
 
-def _positions(term: Term, site: Site, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The rows and columns of the module's weight that a product covers at a site."""
-    rows = site.row_indices() if term.rows is None else site.row_indices()[term.rows]
-    columns = np.arange(site.d_in) if term.columns is None else term.columns
-    return torch.from_numpy(rows).to(device), torch.from_numpy(columns).to(device)
+def _positions(term: Term, site: Site) -> tuple[Index, Index] | None:
+    """The rows and columns of a site's matrix that a product covers; None: all of them."""
+    if term.rows is None and term.columns is None:
+        return None
+    rows, columns = (np.arange(n) if k is None else k for n, k in ((site.d_out, term.rows), (site.d_in, term.columns)))
+    return Index.of(rows), Index.of(columns)

@@ -59,7 +59,7 @@ class Factors(nn.Module):
 
     def fill(self, block: Block, seed: int) -> None:
         """Set a block to its initial values, if they do not come from the base weight."""
-        if not block.data_dependent:
+        if not block.data_dependent and not block.rule.norm:
             _fill(self[block.name], block, seed)
 
     def put(self, values: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tensorpeft.language.errors import AdapterError, did_you_mean
 from tensorpeft.network.shapes import Site
-from tensorpeft.runtime.dense import GroupUpdates
+from tensorpeft.runtime.dense import GroupCode, GroupUpdates
 from tensorpeft.runtime.hooks import adapters
 from tensorpeft.runtime.weights import Held, held
 
@@ -38,7 +38,7 @@ class Updates:
 
     def __init__(self, adapter: Adapter, task: int | None) -> None:
         _check_task(adapter, task)
-        self.adapter, self.task = adapter, task
+        self.adapter, self.task, self._value = adapter, task, adapter.magnitudes.over_norms()
         self.places: dict[str, list[tuple[int, int]]] = {}
         for number, group in enumerate(adapter.network.groups):
             for n, site in enumerate(group.sites):
@@ -65,9 +65,11 @@ class Updates:
         dense = torch.zeros(first.module_d_out, first.d_in, dtype=like.dtype, device=like.device)
         for group, number in self.places[path]:
             if group not in self.groups:
-                self.groups[group] = GroupUpdates(self.adapter, self.adapter.network.groups[group], self.task)
-            for update, rows, columns in self.groups[group].at(number):
-                dense[rows[:, None], columns] += update.to(dense.dtype)
+                code = GroupCode(self.adapter.plan, self.adapter.network.groups[group])
+                self.groups[group] = GroupUpdates(self.adapter, code, self.task, self._value)
+            site = self.adapter.network.groups[group].sites[number]
+            rows = torch.from_numpy(site.row_indices()).to(dense.device)
+            dense.index_add_(0, rows, self.groups[group].at(number))
         return dense
 
 

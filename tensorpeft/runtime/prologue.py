@@ -6,7 +6,7 @@ every module (``FlopCounterMode``'s, say) have nothing to find in it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +18,8 @@ from torch.utils import checkpoint
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from tensorpeft.language.errors import AdapterError
+
+Norms = tuple[Tensor | None, ...]  # what each factor is divided by
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,15 +40,17 @@ def run(
     dtype: torch.dtype,
     device: torch.device,
     factors: tuple[Tensor, ...],
+    norms: Callable[[], Norms],
     indices: tuple[Tensor, ...],
 ) -> Stacks:
     """The prologue's results for the factors as they are."""
     if is_traced() or not torch.is_grad_enabled():
-        return recorded(code, dtype, device, factors, indices)
+        return recorded(code, dtype, device, factors, norms(), indices)
     with torch.no_grad(), _disable_current_modes() if outputs_are_kept() else nullcontext():
-        stacks = stacked(code, dtype, device, factors, indices)
+        over = norms()
+        stacks = stacked(code, dtype, device, factors, over, indices)
     gradients = Gradients(stacks, factors)
-    token = _Token.apply((code, dtype, device, indices), gradients, *factors)
+    token = _Token.apply((code, dtype, device, over, indices), gradients, *factors)
     return Stacks(_rows(stacks), token, gradients)
 
 
@@ -55,10 +59,11 @@ def recorded(
     dtype: torch.dtype,
     device: torch.device,
     factors: tuple[Tensor, ...],
+    norms: Norms,
     indices: tuple[Tensor, ...],
 ) -> Stacks:
     """The same, by autograd's own record where there is one."""
-    return Stacks(_rows(stacked(code, dtype, device, factors, indices)))
+    return Stacks(_rows(stacked(code, dtype, device, factors, norms, indices)))
 
 
 def is_traced() -> bool:
@@ -94,9 +99,12 @@ def refuse_unusual(gradients: Iterable[Tensor]) -> None:
         )
 
 
-def stacked(code: Any, dtype: torch.dtype, device: torch.device, factors: Any, indices: Any) -> tuple[Tensor, ...]:
+def stacked(
+    code: Any, dtype: torch.dtype, device: torch.device, factors: Any, norms: Norms, indices: Any
+) -> tuple[Tensor, ...]:
     """The stacks as they are, (rows, ...) each."""
     kind = factors[0].device.type
+    factors = [factor if over is None else factor / over for factor, over in zip(factors, norms, strict=True)]
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         return tuple(stack.to(device) for stack in code.forward(dtype, *factors, *indices))
 
@@ -185,9 +193,9 @@ class _Token(torch.autograd.Function):
         found = ctx.gradients.take()
         wanted = ctx.needs_input_grad[2:]
         leaves = [factor.detach().requires_grad_(want) for factor, want in zip(ctx.factors, wanted, strict=True)]
-        code, dtype, device, indices = ctx.prologue
+        code, dtype, device, norms, indices = ctx.prologue
         with torch.enable_grad():
-            stacks = stacked(code, dtype, device, leaves, indices)
+            stacks = stacked(code, dtype, device, leaves, norms, indices)
         reached = [(stacks[number], gradient) for number, gradient in found.items() if stacks[number].requires_grad]
         trained = [leaf for leaf in leaves if leaf.requires_grad]
         if not reached:

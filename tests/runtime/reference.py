@@ -202,16 +202,31 @@ def base_weight(adapter: tp.Adapter, site: Site) -> Tensor:  # shape: (d_out, d_
 
 
 def site_update(adapter: tp.Adapter, tensors: dict[str, Tensor], site: Site) -> Tensor:  # shape: (tasks?, d_out, d_in)
-    modes = modes_at(adapter, site)
+    magnitudes = [name for name, rule in adapter.spec.factors if rule.norm]
+    if not magnitudes:
+        return _summed(adapter, tensors, site, {})
+    alone = _summed(adapter, tensors, site, dict.fromkeys(magnitudes))
+    whole = (base_weight(adapter, site) + alone).detach()
+    return _summed(adapter, tensors, site, dict.fromkeys(magnitudes, whole))
+
+
+def _summed(adapter: tp.Adapter, tensors: dict[str, Tensor], site: Site, over: dict[str, Tensor | None]) -> Tensor:
+    """The products, of which some factors are divided by the norms of a matrix, or are one where none is given."""
+    modes, dtype = modes_at(adapter, site), next(iter(tensors.values())).dtype
     total = 0
     for product in products_at(adapter, site):
         here = modes.of(product)
         factors = [stored_at(adapter, tensors, f, site, here) for f in product.factors]
-        total = total + product.sign * contracted(product, factors, site, here)
+        for number, reference in enumerate(product.factors):
+            if reference.factor in over:
+                whole, factor = over[reference.factor], factors[number]
+                norms = factor if whole is None else whole.norm(dim=1 if "d_out" in reference.modes else 0)
+                factors[number] = factor / norms.reshape(factor.shape).to(factor)
+        total = total + product.sign * contracted(product, factors, site, here, dtype)
     return total * modes.scale
 
 
-def contracted(product: Product, factors: list[Tensor], site: Site, modes: Modes) -> Tensor:
+def contracted(product: Product, factors: list[Tensor], site: Site, modes: Modes, dtype: torch.dtype) -> Tensor:
     """One product as one einsum."""
     names: dict[str, str] = {}
 
@@ -221,8 +236,6 @@ def contracted(product: Product, factors: list[Tensor], site: Site, modes: Modes
     inputs = [letters(atom for mode in f.modes for atom in modes.atoms(mode)) for f in product.factors]
     task = [atom for atom in ("task",) if atom in names]
     output = letters([*task, *modes.atoms("d_out"), *modes.atoms("d_in")])
-    own = (f.dtype for f, reference in zip(factors, product.factors, strict=True) if reference.factor != "W")
-    dtype = next(own, factors[0].dtype)
     dense = torch.einsum(f"{','.join(inputs)}->{output}", *(factor.to(dtype) for factor in factors))
     return dense.reshape([*dense.shape[: len(task)], site.d_out, site.d_in])
 

@@ -145,6 +145,36 @@ def test_what_needs_an_activation_is_refused(line):
     )
 
 
+LENGTHS = (
+    "rank: {r: 2}\nupdate: m[matrix, layer, d_out] * B[d_out, r] * A[r, d_in]\n"
+    "factors: {m: {norm: true}, B: {init: zeros}}\n"
+)
+
+
+def test_lengths_are_for_linear_modules():
+    with pytest.raises(SpecError) as caught:
+        tp.attach(built("conv2d")[0], HEAD % "'*'" + LENGTHS)
+    assert "`norm` needs the input of a linear module" in str(caught.value)
+
+
+def test_each_expert_has_lengths_of_its_own():
+    experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(8, 4)}) for _ in range(3))
+    model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"experts": experts})])}).double()
+    with pytest.raises(SpecError) as caught:
+        tp.attach(model, HEAD % "up" + LENGTHS)
+    assert str(caught.value).splitlines()[0] == (
+        "<spec>:4:9: `m[matrix, layer, d_out]` is over the norms of W + dW, and experts.up of layer 0, expert 0 "
+        "(layers.0.experts.0.up) is one of several experts; expected the mode `expert`"
+    )
+    adapter = tp.attach(model, HEAD % "up" + LENGTHS.replace("layer, d_out", "layer, expert, d_out"))
+    randomise(adapter)
+    for number, expert in enumerate(experts):
+        pair = adapter.factors["B"] @ adapter.factors["A"]
+        lengths = adapter.factors["m"][0, 0, number] / (expert["up"].weight + pair).norm(dim=1)
+        change = adapter.delta(f"layers.0.experts.{number}.up")
+        assert torch.allclose(change, lengths[:, None] * pair, rtol=1e-12)
+
+
 @pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
 def test_a_tied_weight_is_not_merged(name):
     config = transformers.LlamaConfig(

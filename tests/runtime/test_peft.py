@@ -154,6 +154,23 @@ def bd_lora_change(layer: nn.Module) -> Tensor:
     return layer.lora_variant["default"]._get_bdlora_delta_weight(layer, "default")
 
 
+def dora(layer: nn.Module) -> Values:
+    return {
+        **lora(layer),
+        "m": layer.lora_magnitude_vector["default"].weight,
+        "s": torch.tensor(5 / 3, dtype=torch.float64),
+    }
+
+
+def dora_change(layer: nn.Module) -> Tensor:
+    weight = layer.base_layer.weight.data
+    pair = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * layer.scaling["default"]
+    turned = weight.T if layer.fan_in_fan_out else weight
+    whole = turned + pair
+    change = whole * (layer.lora_magnitude_vector["default"].weight / whole.norm(dim=1))[:, None] - turned
+    return change.T if layer.fan_in_fan_out else change
+
+
 @dataclass(frozen=True)
 class Method:
     """A method in both libraries: a spec of the catalogue, a config, and the factors that a layer of PEFT's comes down to."""
@@ -223,6 +240,9 @@ METHODS |= {
     "ia3, by input": Method("ia3", peft.IA3Config, {"feedforward_modules": CONV1D}, ia3, BY_INPUT, ia3_change),
     "tinylora": Method("tinylora", peft.TinyLoraConfig, {"r": 3, "u": 5}, tinylora, {"rank": {"r": 5, "a": 3}}),
     "c3a": Method("c3a", peft.C3AConfig, {"block_size": 8}, c3a, {"rank": 8}, c3a_change, 1e-6),
+    "dora": Method(
+        "dora", peft.LoraConfig, {"r": 3, "lora_alpha": 5, "use_dora": True}, dora, {"rank": 3}, dora_change
+    ),
     "bd_lora": Method(
         "bd_lora",
         peft.LoraConfig,
@@ -236,7 +256,7 @@ CASES = [
     *((method, "llama", LINEAR) for method in METHODS if not method.startswith(("randlora", "ia3"))),
     ("ia3", "llama", ["k_proj", "v_proj", "down_proj"]),
     ("ia3, by input", "gpt2", CONV1D),
-    *((method, "gpt2", CONV1D) for method in ("lora", "vera", "adalora", "gralora", "hira")),
+    *((method, "gpt2", CONV1D) for method in ("lora", "vera", "adalora", "gralora", "hira", "dora")),
     ("randlora", "llama", ["q_proj", "up_proj"]),
     ("randlora", "gpt2", CONV1D[:2]),
     ("randlora, turned", "llama", ["k_proj", "v_proj"]),

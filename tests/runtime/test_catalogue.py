@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -43,7 +44,7 @@ CASES = [
 ]
 REFUSED: dict[tuple[str, str], str] = {
     **{("lorta_lora", architecture): "`classifier.dense` matches nothing in" for architecture in ARCHITECTURES},
-    **{("shared_outer", architecture): "`experts.gate` matches nothing in" for architecture in ARCHITECTURES},
+    **{("shared_outer", architecture): "`*.experts.gate` matches nothing in" for architecture in ARCHITECTURES},
     ("bitfit", "llama"): "`bias` is no parameter of LlamaForCausalLM",
 }
 FITTING = [case for case in CASES if case not in REFUSED]
@@ -80,7 +81,7 @@ def test_is_refused_with_a_reason(architecture: str, tmp_path: Path) -> None:
     model = build(architecture)
     before = state(model)
     for name, reason in ((name, why) for (name, where), why in REFUSED.items() if where == architecture):
-        with pytest.raises(tp.SpecError, match=reason) as refusal:
+        with pytest.raises(tp.SpecError, match=re.escape(reason)) as refusal:
             tp.attach(model, scored(name, architecture, tmp_path))
         assert all(problem.span is not None for problem in refusal.value.problems)
         assert state(model) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 
 @dataclass(frozen=True)
@@ -23,5 +24,9 @@ class Regime:
 
     def near(self, tokens: int, *, gradients: bool, number_bytes: int) -> Regime:
         """This one at the nearest power of 4 tokens, up to 4,096: few plans serve all lengths."""
-        power = min(max(1, tokens).bit_length() // 2, 6)
-        return replace(self, tokens=4**power, gradients=gradients, number_bytes=number_bytes)
+        return _near(self, min(max(1, tokens).bit_length() // 2, 6), gradients, number_bytes)
+
+
+@cache
+def _near(regime: Regime, power: int, gradients: bool, number_bytes: int) -> Regime:
+    return replace(regime, tokens=4**power, gradients=gradients, number_bytes=number_bytes)

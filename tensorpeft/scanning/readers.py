@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 from torch import nn
@@ -18,23 +18,40 @@ def read_modules(module_class: type[nn.Module], *, called: bool) -> frozenset[st
     """The attributes ``x`` of which a class has ``self.x.weight``; those without a call ``self.x(...)``, or with one too.
 
     What is added to the output of such a module has no effect where the weight is read: in a fused kernel that does the work
-    of a call, say. (Torch's own classes take theirs only where no module has a hook.) Of a class without a source nothing is
+    of a call, say. (Torch's own classes take theirs only where no module has a hook.) A weight is replaced for the time of the
+    class's forward, so of what is called too, what other methods read does not count. Of a class without a source nothing is
     known.
     """
-    read: set[str] = set()
-    used: set[str] = set()
+    methods: dict[str, set[str]] = {}  # what each mentions, weights apart
+    readers: dict[str, set[str]] = {}  # whose weights each reads
     for each in module_class.__mro__:
         if each is nn.Module:
             break
         mentions = set(_mentions(each))
-        used |= {name for name, is_read in mentions if not is_read}
         by_torch = each.__module__.startswith("torch.")
-        read |= {name for name, is_read in mentions if is_read and not (by_torch and (name, False) in mentions)}
-    return frozenset(read if called else read - used)
+        called_here = {name for _, name, is_read in mentions if not is_read}
+        for method, name, is_read in mentions:
+            if not is_read:
+                methods.setdefault(method, set()).add(name)
+            elif not (by_torch and name in called_here):
+                readers.setdefault(method, set()).add(name)
+    used = set().union(*methods.values())
+    read = set().union(*(readers.get(name, set()) for name in _reached(methods)))
+    never = set().union(*readers.values()) - used
+    return frozenset(never | read if called else never)
 
 
-def _mentions(module_class: type) -> Iterator[tuple[str, bool]]:
-    """Each ``self.x`` of a class, outside of what sets it up, and whether the numbers of its weight are read there."""
+def _reached(methods: Mapping[str, set[str]]) -> set[str]:
+    """The methods that the forward calls, and those that these call."""
+    reached, new = set(), {"forward"}
+    while new:
+        reached |= new
+        new = set().union(*(methods.get(name, set()) for name in new)) - reached
+    return reached
+
+
+def _mentions(module_class: type) -> Iterator[tuple[str, str, bool]]:
+    """Each method with each ``self.x`` in it, outside of what sets a class up, and whether numbers of its weight are read."""
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(module_class))).body
     except (OSError, TypeError, SyntaxError, ValueError):
@@ -43,7 +60,8 @@ def _mentions(module_class: type) -> Iterator[tuple[str, bool]]:
         if isinstance(function, ast.FunctionDef) and not function.name.startswith(
             ("__init__", "_init", "init", "reset", "tie")
         ):
-            yield from _of_function(function)
+            for name, is_read in _of_function(function):
+                yield function.name, name, is_read
 
 
 def _of_function(function: ast.FunctionDef) -> Iterator[tuple[str, bool]]:

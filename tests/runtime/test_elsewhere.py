@@ -75,3 +75,38 @@ def test_a_fused_kernel_has_the_update_as_a_call_has():
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
     adapter.merge()
     assert torch.allclose(model(x), found[True], atol=1e-6)
+
+
+class Helper(nn.Module):
+    """One whose weight is read by a method that others call, past its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.out = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.out(x)
+
+    def help(self, x, clip=None):
+        return self.out(x) if clip is None else x @ self.out.weight.clamp(-clip, clip).mT
+
+
+class Helped(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.helper = Helper()
+
+    def forward(self, x):
+        return self.helper.help(x)
+
+
+def test_what_a_method_calls_past_the_forward_has_the_update():
+    model = Helped()
+    adapter = tp.attach(model, ALL)
+    randomise(adapter)
+    x = torch.randn(5, 4)
+    hooked = model(x)
+    with adapter.disabled():
+        assert not torch.allclose(model(x), hooked, atol=1e-3)
+    adapter.merge()
+    assert torch.allclose(model(x), hooked, atol=1e-6)

@@ -53,10 +53,10 @@ class SetKind:
         """All of it but those."""
         return replace(self, strands=tuple(replace(strand, sizes=()) for strand in self.strands))
 
-    @cached_property
+    @property
     def by_task(self) -> bool:
         return any(strand.by_task for strand in self.strands)
 
-    @cached_property
+    @property
     def by_base(self) -> bool:
         return any(piece.is_base for strand in self.strands for met in strand.met for piece in met.pieces)

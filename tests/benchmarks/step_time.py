@@ -186,7 +186,7 @@ def picture(found: dict[str, dict[str, Any]], path: Path) -> None:
     axes.invert_yaxis()
     axes.axvline(1, color="tab:red", linestyle="--", label="frozen base")
     axes.set_xlabel("time of a training step, as a ratio to the frozen base's")
-    axes.legend(loc="lower right")
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     figure.savefig(path, metadata={"Date": None})
 
 

@@ -49,7 +49,7 @@ def chain_cost(group: Group, term: Term, chain: Chain, bundles: Bundles, regime:
         flops += link.prologue_flops
         weight += link.prologue_flops * (3 if regime.gradients and link.trainable else 1)
         weight += (len(link.path) + 1) * _passes(link, regime) * regime.launch * regime.balance
-        made = _copies(term, link) * term.size(link.modes) * (4 if regime.gradients and link.trainable else 2)
+        made = copies(term, link) * term.size(link.modes) * (4 if regime.gradients and link.trainable else 2)
         weight += made * regime.number_bytes * regime.balance
     return Cost(flops, weight)
 
@@ -74,7 +74,7 @@ def _positions(take: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(tuple(some) if isinstance(some, (list, tuple)) else some for some in take)
 
 
-def _copies(term: Term, link: Link) -> int:
+def copies(term: Term, link: Link) -> int:
     """For how many sites, or keys, the prologue builds a link."""
     return len(
         {tuple(operand.keys[site] for operand in _of(term, link)) for site in range(len(_of(term, link)[0].keys))}

@@ -25,7 +25,7 @@ from tensorpeft.planning.chain import (
     site_axes,
     site_sizes,
 )
-from tensorpeft.planning.cost import Built, Cost, chain_cost, prologue_key
+from tensorpeft.planning.cost import Built, Cost, chain_cost, copies, prologue_key
 from tensorpeft.planning.paths import TOKEN, activation, contract_path, orders
 from tensorpeft.planning.regime import Regime
 from tensorpeft.planning.sets import InputSet, bundles_of, input_sets
@@ -82,6 +82,17 @@ class Plan:
         """What of it the emitted code depends on; the regime's figures are not part of it."""
         chains = [(planned.group.at, each) for planned in self.groups for each in planned.chains]
         return tuple((at, *((link.operands, link.path, link.at_site) for link in each.links)) for at, each in chains)
+
+    @property
+    def held(self) -> int:
+        """Numbers that are made of trained factors beforehand, and held from the forward pass to the backward pass."""
+        made = {}
+        for planned in self.groups:
+            for term, each in zip(planned.group.terms, planned.chains, strict=True):
+                for link in each.links:
+                    if link.trainable and len(link.operands) > 1 and not link.at_site:
+                        made[prologue_key(term, link)] = copies(term, link) * term.size(link.modes)
+        return sum(made.values())
 
     @property
     def goes_through(self) -> bool:

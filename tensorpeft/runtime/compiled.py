@@ -119,6 +119,10 @@ class Codes:
         use = regime, self._alone
         if use not in self._made:
             planned = plan(self._plan.network, regime, alone=self._alone)
+            own = self._plan.regime
+            if regime.gradients and regime != own and planned.held > self._plan.held:
+                self._made[use] = self._code(own)  # in training, memory is dearer than kernels
+                return self._made[use]
             same = (made for made in list(self._made.values()) if made.order == planned.order)
             self._made[use] = next(same, None) or Compiled(planned)
         return self._made[use]

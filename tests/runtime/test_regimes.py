@@ -8,9 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensorpeft as tp
+from tensorpeft.compile import front
 from tensorpeft.planning.regime import Regime
+from tensorpeft.scanning.scan import scan
 from tests.models import build, enliven
 
 METHODS = ("fact_tt", "randlora", "vera")  # their plans differ between few tokens and many
@@ -30,11 +33,32 @@ def tokens(number: int) -> Tensor:
 def test_inputs_have_the_plan_of_their_length(method: str) -> None:
     adapts = adapted(method)
     for number, planned in ((1, 1), (60, 64), (200, 256), (3000, 4096)):
-        for gradients in (True, False):
+        for gradients in (True, False) if method == "randlora" else (False,):
             fixed = adapted(method, Regime(planned, gradients, number_bytes=4))
             with torch.set_grad_enabled(gradients):
                 found, expected = (model(input_ids=tokens(number)).logits for model in (adapts, fixed))
             assert torch.equal(found, expected), (number, gradients)
+
+
+def test_in_training_no_plan_holds_more_than_the_adapters_own() -> None:
+    """VeRA's plan for 200 tokens makes the product of two factors for every site, and holds it for the backward pass."""
+    spec, own = tp.load_spec("vera"), Regime()
+    near = own.near(200, gradients=True, number_bytes=4)
+    held = [front(spec, scan(deep()), regime).held for regime in (near, own)]
+    assert held[0] > held[1]
+    found = []
+    for regime in (None, own, near):
+        model = deep()
+        enliven(tp.attach(model, spec, regime=regime))
+        found.append(model(input_ids=tokens(200)).logits)
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def deep() -> nn.Module:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 512, "intermediate_size": 64, "num_attention_heads": 4, "vocab_size": 50}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_hidden_layers=8)).eval()
 
 
 def test_a_given_regime_holds() -> None:

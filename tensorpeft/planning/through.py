@@ -18,8 +18,8 @@ from tensorpeft.network.network import Group, Operand, Term
 
 def through_base(group: Group) -> Iterator[Group]:
     """A group of linear modules as groups of which each has its products at one place (``Group.at``)."""
-    behind = [_behind(term) for term in group.terms]
-    ahead = [_ahead(term) for term in group.terms if group.sites[0].rows is None]
+    behind = [_without_base(term, 1) for term in group.terms]
+    ahead = [_without_base(term, 0) for term in group.terms if group.sites[0].rows is None]
     if ahead and all(ahead):
         sites = tuple(replace(site, d_out=site.d_in) for site in group.sites)
         yield replace(group, sites=sites, terms=tuple(term for term in ahead if term), at="input")
@@ -32,48 +32,28 @@ def through_base(group: Group) -> Iterator[Group]:
         yield replace(group, terms=others)
 
 
-def _behind(term: Term) -> Term | None:
-    """The product with W x for its input, if nothing else meets x."""
-    found = _split(term)
-    if found is None:
-        return None
-    (rows, columns), base, others = found
-    if columns != term.d_in or base.take[1] is not None or _met(others) & {*columns}:
-        return None
-    return replace(term, operands=others, d_in=rows, columns=_positions(base, 0))
+def _without_base(term: Term, end: int) -> Term | None:
+    """The product without W, if W alone has the modes of one end of dW: of its output (0), or of its input (1).
 
-
-def _ahead(term: Term) -> Term | None:
-    """The product that adds to the input of W, if nothing else makes the output."""
-    found = _split(term)
-    if found is None:
-        return None
-    (rows, columns), base, others = found
-    if rows != term.d_out or base.take[0] is not None or _met(others) & {*rows}:
-        return None
-    return replace(term, operands=others, d_out=columns, rows=_positions(base, 1))
-
-
-def _split(term: Term) -> tuple[tuple[tuple[str, ...], tuple[str, ...]], Operand, tuple[Operand, ...]] | None:
-    """The modes of W's rows and of its columns, W, and the other factors; None unless W is there once, beside others."""
+    W has then to be there once, beside others.
+    """
     bases = [operand for operand in term.operands if operand.is_base]
     others = tuple(operand for operand in term.operands if not operand.is_base)
     if len(bases) != 1 or not others:
         return None
-    first = base_rows(bases[0])
-    return (bases[0].modes[:first], bases[0].modes[first:]), bases[0], others
+    base, first = bases[0], base_rows(bases[0])
+    sides, wanted = (base.modes[:first], base.modes[first:]), (term.d_out, term.d_in)[end]
+    met = {mode for operand in others for mode in operand.modes}
+    if sides[end] != wanted or base.take[end] is not None or met & {*wanted}:
+        return None
+    taken = base.take[1 - end]
+    left = None if taken is None else np.asarray(taken)
+    if end == 1:
+        return replace(term, operands=others, d_in=sides[0], columns=left)
+    return replace(term, operands=others, d_out=sides[1], rows=left)
 
 
 def base_rows(base: Operand) -> int:
     """How many of the modes of W are those of its rows."""
     rows = base.block.axes[0].size if base.take[0] is None else len(base.take[0])
     return next(n for n in range(len(base.modes) + 1) if prod(base.sizes[:n]) == rows)
-
-
-def _met(operands: tuple[Operand, ...]) -> set[str]:
-    return {mode for operand in operands for mode in operand.modes}
-
-
-def _positions(base: Operand, axis: int) -> np.ndarray | None:
-    taken = base.take[axis]
-    return None if taken is None else np.asarray(taken)

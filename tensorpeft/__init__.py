@@ -15,10 +15,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from tensorpeft.compile import attach, load, report
     from tensorpeft.language.errors import AdapterError, CheckpointError, ModelError, SpecError, TensorpeftError
-    from tensorpeft.language.load import load_spec
+    from tensorpeft.language.loader import load_spec
     from tensorpeft.language.spec import Spec
+    from tensorpeft.pipeline import attach, load, report
     from tensorpeft.reporting.report import Report
     from tensorpeft.runtime.adapter import Adapter
 
@@ -41,9 +41,9 @@ __all__ = [
 ]
 
 _HOMES = {
-    "compile": ("attach", "load", "report"),
+    "pipeline": ("attach", "load", "report"),
     "language.errors": ("AdapterError", "CheckpointError", "ModelError", "SpecError", "TensorpeftError"),
-    "language.load": ("load_spec",),
+    "language.loader": ("load_spec",),
     "language.spec": ("Spec",),
     "reporting.report": ("Report",),
     "runtime.adapter": ("Adapter",),

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tensorpeft import __version__
-from tensorpeft.compile import front, shape_of
-from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.errors import SpecError, TensorpeftError
-from tensorpeft.language.load import load_spec
-from tensorpeft.language.override import parse_override
-from tensorpeft.language.text import spec_text
+from tensorpeft.language.loader import load_spec
+from tensorpeft.language.overrides import parse_override
+from tensorpeft.language.printer import spec_text
+from tensorpeft.language.shipped import method_paths
 from tensorpeft.network.network import Network
+from tensorpeft.pipeline import front, shape_of
 from tensorpeft.reporting.comparison import Comparison
 from tensorpeft.reporting.counting import report_of
 from tensorpeft.reporting.page import Listing, Page

@@ -14,17 +14,17 @@ from pathlib import Path
 
 import yaml
 
-from tensorpeft.compile import front
-from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.errors import Problem, SpecError
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.keywords import SCORED
+from tensorpeft.language.loader import load_spec
+from tensorpeft.language.shipped import method_paths
 from tensorpeft.language.spec import Spec
-from tensorpeft.language.words import SCORED
-from tensorpeft.network.architecture import families
-from tensorpeft.network.families import model_shape
+from tensorpeft.model.cards import model_shape
+from tensorpeft.model.family import families
+from tensorpeft.model.shape import ModelShape
 from tensorpeft.network.lower import lower
 from tensorpeft.network.network import Network
-from tensorpeft.network.shapes import ModelShape
+from tensorpeft.pipeline import front
 from tensorpeft.reporting.catalogue import Method, Paper, catalogue
 from tensorpeft.reporting.table import Table
 from tests import published

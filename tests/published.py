@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 
-from tensorpeft.compile import report
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
 from tensorpeft.language.spec import Spec
+from tensorpeft.pipeline import report
 from tensorpeft.reporting.report import Report
 
 Row = dict[str, Any]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tensorpeft.language.catalogue import method_paths
-from tensorpeft.network.architecture import families
+from tensorpeft.language.shipped import method_paths
+from tensorpeft.model.family import families
 from tests import catalogue_page, published
 
 

@@ -12,11 +12,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 from tensorpeft.cli import main
-from tensorpeft.compile import report as reported
-from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.errors import SpecError
-from tensorpeft.language.load import load_spec
-from tensorpeft.network.families import cards
+from tensorpeft.language.loader import load_spec
+from tensorpeft.language.shipped import method_paths
+from tensorpeft.model.cards import cards
+from tensorpeft.pipeline import report as reported
 from tensorpeft.reporting.catalogue import catalogue
 
 GOLDEN = Path(__file__).parent / "golden"

@@ -32,7 +32,7 @@ _KEY = "tensorpeft"  # the one entry of the file's metadata: safetensors writes 
 class Saved:
     """What a file holds. The tensors are those of the stored factors, on the CPU.
 
-    ``indices`` are what masks keep of some factors, where the spec alone does not tell it (``network.packing.indices``).
+    ``indices`` are what masks keep of some factors, where the spec alone does not tell it (``network.mask_packing.indices``).
     """
 
     path: Path

@@ -8,9 +8,9 @@ from math import prod
 
 from tensorpeft.checkpoint.header import Header, SiteRow
 from tensorpeft.language.errors import CheckpointError, listing
+from tensorpeft.model.shape import Site
+from tensorpeft.model.target import fingerprint, site_rows
 from tensorpeft.network.network import Block, Network
-from tensorpeft.network.shapes import Site
-from tensorpeft.network.targets import fingerprint, site_rows
 
 
 def stored_name(path: str) -> str:

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor, fx
 
 from tensorpeft.emission.index import Index
+from tensorpeft.emission.input_kind import Head, Place, SetKind
+from tensorpeft.emission.lowering import Strand, strands
 from tensorpeft.emission.program import SetProgram, program
-from tensorpeft.emission.prologue_code import Part, PrologueCode
-from tensorpeft.emission.set_kind import Head, Place, SetKind
-from tensorpeft.emission.strand import Strand, strands
+from tensorpeft.emission.prologue import Part, PrologueCode
+from tensorpeft.model.shape import Rows, Site
 from tensorpeft.network.network import Group, Term
-from tensorpeft.network.shapes import Rows, Site
 from tensorpeft.planning.chain import Bundles
 from tensorpeft.planning.plan import Plan
-from tensorpeft.planning.sets import InputSet
+from tensorpeft.planning.shared_inputs import InputSet
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ def scatter(values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> Tensor
 
 
 def rows_of(y: Tensor, offset: int, count: int, period: int) -> Tensor:  # shape: (..., n) -> (..., n / period, count)
-    """The outputs of a fused module that belong to one matrix (``network.shapes.Rows``), as a view."""
+    """The outputs of a fused module that belong to one matrix (``model.shape.Rows``), as a view."""
     return y.unflatten(-1, (-1, period)).narrow(-1, offset, count)
 
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Hashable
 from functools import cache, cached_property, lru_cache, partial
 from typing import Any, TypeVar
 
-from tensorpeft.emission.set_backward import Backward
-from tensorpeft.emission.set_code import SetCode
-from tensorpeft.emission.set_graph import Function
-from tensorpeft.emission.set_kind import SetKind
+from tensorpeft.emission.backward import Backward
+from tensorpeft.emission.forward import SetCode
+from tensorpeft.emission.graph import Function
+from tensorpeft.emission.input_kind import SetKind
 
 Made = TypeVar("Made", SetCode, Function)
 

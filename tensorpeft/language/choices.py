@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from tensorpeft.language.findings import Findings
+from tensorpeft.language.diagnostics import Findings
 from tensorpeft.language.grammar import parse_arithmetic, parse_selector
 from tensorpeft.language.nodes import Node, Scalar, Table
 from tensorpeft.language.syntax import EVERYWHERE, Choice, Expression, Number, Selector

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from tensorpeft.language.checks.start import origin
 from tensorpeft.language.choices import entries
+from tensorpeft.language.desugar import Form, known_factor
+from tensorpeft.language.diagnostics import Findings
 from tensorpeft.language.errors import fail
-from tensorpeft.language.findings import Findings
-from tensorpeft.language.form import Form, known_factor
 from tensorpeft.language.grammar import parse_call, parse_init, parse_reference
+from tensorpeft.language.keywords import LINEAR, ONES
 from tensorpeft.language.nodes import Table
 from tensorpeft.language.spec import FactorRule, MaskRule
-from tensorpeft.language.start import origin
 from tensorpeft.language.syntax import Initialiser, Reference, Spectral
-from tensorpeft.language.words import LINEAR, ONES
 
 
 def read_factors(table: Table, form: Form, findings: Findings) -> dict[str, FactorRule]:

@@ -9,6 +9,7 @@ import lark
 
 from tensorpeft.language import parsing
 from tensorpeft.language.errors import clip, did_you_mean, fail, listing
+from tensorpeft.language.keywords import DECOMPOSITIONS
 from tensorpeft.language.nodes import Scalar
 from tensorpeft.language.parsing import Tree, parse
 from tensorpeft.language.source import Span
@@ -28,7 +29,6 @@ from tensorpeft.language.syntax import (
     Spectral,
     Update,
 )
-from tensorpeft.language.words import DECOMPOSITIONS
 
 MAX_NAME = 64  # characters, of a factor or a mode
 MAX_LAYER = 65535

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
+from tensorpeft.language.keywords import BUILT_IN_MODES, SIZE_NAMES, TASK_MODE
 from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
 from tensorpeft.language.syntax import Definition, Reference, Spectral
-from tensorpeft.language.words import BUILT_IN_MODES, SIZE_NAMES, TASK_MODE
 
 
 def bonds(spec: Spec) -> tuple[str, ...]:

@@ -13,9 +13,9 @@ from typing import Any
 
 import lark
 
-from tensorpeft.language.catalogue import grammar_path
 from tensorpeft.language.errors import clip, fail
 from tensorpeft.language.nodes import Scalar
+from tensorpeft.language.shipped import grammar_path
 
 MAX_DIGITS = 20
 MAX_NESTING = 16

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from tensorpeft.language.catalogue import grammar_path
+from tensorpeft.language.diagnostics import Findings
 from tensorpeft.language.errors import clip, did_you_mean, listing, nearest
-from tensorpeft.language.findings import Findings
 from tensorpeft.language.nodes import List, Node, Scalar, Table
+from tensorpeft.language.shipped import grammar_path
 
 
 @cache

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from tensorpeft.language.errors import fail
+from tensorpeft.language.keywords import KAIMING, LINEAR, TASK_MODE, ZEROS
 from tensorpeft.language.source import Span
 from tensorpeft.language.spec import SIDES
 from tensorpeft.language.syntax import Call, Definition, Product, Reference, Update
-from tensorpeft.language.words import KAIMING, LINEAR, TASK_MODE, ZEROS
 
 _OUTPUTS = ("d_out", "head", "head_dim")
 _INPUTS = ("d_in", "width")

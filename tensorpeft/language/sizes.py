@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from decimal import Decimal
 
 from tensorpeft.language.choices import expression
+from tensorpeft.language.desugar import Form
+from tensorpeft.language.diagnostics import Findings
 from tensorpeft.language.errors import fail
-from tensorpeft.language.findings import Findings
-from tensorpeft.language.form import Form
+from tensorpeft.language.keywords import BUDGET, BUILT_IN_MODES
 from tensorpeft.language.names import side_parts
 from tensorpeft.language.nodes import Scalar, Table
 from tensorpeft.language.source import Span
 from tensorpeft.language.syntax import Expression, Name, Number, Operation
-from tensorpeft.language.words import BUDGET, BUILT_IN_MODES
 
 MAX_BUDGET = 10**15
 _SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}

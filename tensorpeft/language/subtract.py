@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from tensorpeft.language.checks.start import nonzero_products, origin
 from tensorpeft.language.errors import clip, fail
 from tensorpeft.language.grammar import MAX_NAME, checked_update
 from tensorpeft.language.spec import FactorRule, Spec
-from tensorpeft.language.start import nonzero_products, origin
 from tensorpeft.language.syntax import Call, Name, Product, Spectral, Update
 
 

@@ -10,16 +10,16 @@ from math import prod
 from tensorpeft.language.errors import SpecError, fail
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Number
+from tensorpeft.model.shape import Key, ModelShape
+from tensorpeft.model.stacks import by_stack
+from tensorpeft.model.target import choose
 from tensorpeft.network.checks import check_experts, check_names
-from tensorpeft.network.layout import layout
-from tensorpeft.network.packing import Masking, masking
+from tensorpeft.network.mask_packing import Masking, masking
+from tensorpeft.network.mode_sizes import layout
 from tensorpeft.network.scores import Scores
-from tensorpeft.network.selection import Kind, kinds
-from tensorpeft.network.shapes import Key, ModelShape
+from tensorpeft.network.sharing import Layouts, Placed, Sizes, Use, Users, refuse_ragged, serving_sizes, use, users_of
+from tensorpeft.network.site_classes import Kind, kinds
 from tensorpeft.network.spectral import refuse_excess
-from tensorpeft.network.stacks import by_stack
-from tensorpeft.network.targets import choose
-from tensorpeft.network.use import Layouts, Placed, Sizes, Use, Users, refuse_ragged, serving_sizes, use, users_of
 
 MAX_RANK = 1 << 20
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
 from tensorpeft.language.spec import BASE_WEIGHT, Spec
 from tensorpeft.language.syntax import Choice, Selector, ranges
+from tensorpeft.model.shape import Site
+from tensorpeft.model.target import fits, is_meant
 from tensorpeft.network.modes import written_modes
-from tensorpeft.network.selection import Kind
-from tensorpeft.network.shapes import Site
-from tensorpeft.network.targets import fits, is_meant
+from tensorpeft.network.site_classes import Kind
 
 
 def check_names(spec: Spec, sites: Sequence[Site]) -> None:

@@ -14,20 +14,20 @@ import numpy as np
 
 from tensorpeft.language.errors import fail
 from tensorpeft.language.spec import Spec
+from tensorpeft.model.shape import ModelShape, Site
+from tensorpeft.model.stacks import by_stack
+from tensorpeft.model.target import choose
+from tensorpeft.model.trained import extras
+from tensorpeft.network.blocks import Storage, store
 from tensorpeft.network.budget import fitted
 from tensorpeft.network.checks import check_activations, check_experts, check_names
-from tensorpeft.network.extras import extras
-from tensorpeft.network.layout import layout
+from tensorpeft.network.mask_packing import masking
+from tensorpeft.network.mode_sizes import layout
 from tensorpeft.network.network import Block, Group, Network
-from tensorpeft.network.packing import masking
+from tensorpeft.network.operands import base_weight, group
 from tensorpeft.network.scores import Scores
-from tensorpeft.network.selection import Kind, kinds
-from tensorpeft.network.shapes import ModelShape, Site
-from tensorpeft.network.stacks import by_stack
-from tensorpeft.network.storage import Storage, store
-from tensorpeft.network.targets import choose
-from tensorpeft.network.terms import base_weight, group
-from tensorpeft.network.use import Layouts, Placed, first_reference, use
+from tensorpeft.network.sharing import Layouts, Placed, first_reference, use
+from tensorpeft.network.site_classes import Kind, kinds
 
 
 def lower(spec: Spec, model: ModelShape, saved: Mapping[str, np.ndarray] | None = None) -> Network:

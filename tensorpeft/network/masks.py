@@ -12,11 +12,11 @@ import numpy as np
 from tensorpeft.language.errors import fail
 from tensorpeft.language.spec import MaskRule
 from tensorpeft.language.syntax import Expression
-from tensorpeft.network import random
-from tensorpeft.network.arithmetic import evaluate
-from tensorpeft.network.elementary import log
-from tensorpeft.network.shapes import Key, Site
-from tensorpeft.network.targets import fits
+from tensorpeft.model.shape import Key, Site
+from tensorpeft.model.target import fits
+from tensorpeft.numerics import generator as random
+from tensorpeft.numerics.arrays import evaluate
+from tensorpeft.numerics.elementary import log
 
 
 @dataclass(frozen=True)

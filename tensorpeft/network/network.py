@@ -20,7 +20,7 @@ import numpy as np
 
 from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES, FactorRule, Spec
 from tensorpeft.language.syntax import Call, Initialiser, Spectral
-from tensorpeft.network.shapes import Key, ModelShape, Parameter, Site
+from tensorpeft.model.shape import Key, ModelShape, Parameter, Site
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ class Group:
     sites: tuple[Site, ...]  # of one kind
     scale: float
     terms: tuple[Term, ...]
-    at: str = "site"  # from x to y; or "output": from W x to y; or "input": from x to x (``planning.through``)
+    at: str = "site"  # from x to y; or "output": from W x to y; or "input": from x to x (``planning.base_product``)
 
     @property
     def kind(self) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 
 from tensorpeft.language.errors import SpecError, did_you_mean, fail, listing
 from tensorpeft.language.spec import SIDES, MaskRule, Spec
-from tensorpeft.network.layout import Layout
-from tensorpeft.network.shapes import Site
+from tensorpeft.model.shape import Site
+from tensorpeft.network.mode_sizes import Layout
 
 
 class Scores:

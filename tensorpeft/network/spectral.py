@@ -13,11 +13,11 @@ import numpy as np
 from tensorpeft.language.errors import fail
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Spectral
-from tensorpeft.network.initial import origins
-from tensorpeft.network.layout import Layout
+from tensorpeft.model.shape import Key, Site
+from tensorpeft.network.initialisers import origins
+from tensorpeft.network.mode_sizes import Layout
 from tensorpeft.network.network import Block, Unfolding
-from tensorpeft.network.shapes import Key, Site
-from tensorpeft.network.use import Layouts, Use, Users
+from tensorpeft.network.sharing import Layouts, Use, Users
 
 
 @dataclass(frozen=True)

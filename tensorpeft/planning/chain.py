@@ -16,7 +16,7 @@ from math import prod
 
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.network import Group, Operand, Term
-from tensorpeft.planning.paths import TOKEN, Order, Path, activation, contract_path
+from tensorpeft.planning.orders import TOKEN, Order, Path, activation, contract_path
 
 SITE = "<site>"  # which of the sites that read one tensor
 ANY_SITE = "<any site>"  # which of the sites of a group

@@ -18,7 +18,7 @@ from math import prod
 
 from tensorpeft.network.network import Group, Operand, Term
 from tensorpeft.planning.chain import SITE, Bundles, Chain, Link
-from tensorpeft.planning.paths import TOKEN
+from tensorpeft.planning.orders import TOKEN
 from tensorpeft.planning.regime import Regime
 
 Built = set[tuple[object, ...]]  # what a prologue has made already

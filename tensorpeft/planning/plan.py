@@ -1,9 +1,9 @@
 """Network -> Plan: in which order to contract.
 
 The update of an activation x is a **chain**: x meets one tensor after the other (``planning.chain``). For every product of every
-group the cheapest of some candidate orders is taken (``planning.paths``, ``planning.cost``), for all of the group's sites
-together: sites that read one tensor share what they have in common (``planning.sets``), and what the prologue has built for one
-group is free for the next.
+group the cheapest of some candidate orders is taken (``planning.orders``, ``planning.cost``), for all of the group's sites
+together: sites that read one tensor share what they have in common (``planning.shared_inputs``), and what the prologue has
+built for one group is free for the next.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from tensorpeft.network.network import Group, Network, Term
-from tensorpeft.planning.apart import apart_chains
+from tensorpeft.planning.base_product import through_base
 from tensorpeft.planning.chain import (
     SITE,
     Bundles,
@@ -26,10 +26,10 @@ from tensorpeft.planning.chain import (
     site_sizes,
 )
 from tensorpeft.planning.cost import Built, Cost, chain_cost, copies, prologue_key
-from tensorpeft.planning.paths import TOKEN, activation, contract_path, orders
+from tensorpeft.planning.orders import TOKEN, activation, contract_path, orders
 from tensorpeft.planning.regime import Regime
-from tensorpeft.planning.sets import InputSet, bundles_of, input_sets
-from tensorpeft.planning.through import through_base
+from tensorpeft.planning.shared_inputs import InputSet, bundles_of, input_sets
+from tensorpeft.planning.weight_sites import apart_chains
 
 __all__ = [
     "SITE",
@@ -160,7 +160,7 @@ def plan(network: Network, regime: Regime = Regime(), *, alone: bool = True) -> 
     """The cheapest of the candidate orders for every product, over all sites of its group together.
 
     Without gradients no plan needs more FLOPs than opt_einsum's best path at each site by itself, or than dW itself.
-    An adapter that is ``alone`` on its model has what the base computes (``planning.through``).
+    An adapter that is ``alone`` on its model has what the base computes (``planning.base_product``).
     """
     whole = network.groups if not alone or network.spec.dropout else _through_base(network)
     sets = input_sets(whole)

@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.errors import SpecError
-from tensorpeft.language.load import load_spec
-from tensorpeft.network.families import cards, model_shape
+from tensorpeft.language.loader import load_spec
+from tensorpeft.language.shipped import method_paths
+from tensorpeft.model.cards import cards, model_shape
+from tensorpeft.model.shape import ModelShape
 from tensorpeft.network.lower import lower
-from tensorpeft.network.shapes import ModelShape
 from tensorpeft.reporting.counting import added, trained
 from tensorpeft.reporting.page import Page
 from tensorpeft.reporting.table import Cell, Table

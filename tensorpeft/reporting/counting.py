@@ -6,16 +6,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from math import prod
 
+from tensorpeft.language.keywords import TASK_MODE
 from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
 from tensorpeft.language.syntax import EVERYWHERE, Choice, Number, Selector, ranges
-from tensorpeft.language.words import TASK_MODE
+from tensorpeft.model.shape import Key, Site
+from tensorpeft.model.sites import in_order
 from tensorpeft.network.network import Block, Network
 from tensorpeft.network.rank import rank_bound
-from tensorpeft.network.shapes import Key, Site
-from tensorpeft.network.sites import in_order
 from tensorpeft.planning.plan import Plan
-from tensorpeft.reporting.kept import kept_per_token
 from tensorpeft.reporting.report import FactorEntry, MatrixEntry, ModeEntry, Report
+from tensorpeft.reporting.saved_activations import kept_per_token
 
 Chosen = tuple[tuple[str, float], ...]  # what differs from site to site, and its value there
 Kind = tuple[str, int, int, Chosen]  # matrix, d_out, d_in and choices: what an entry of `matrices` stands for

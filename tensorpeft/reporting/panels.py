@@ -15,10 +15,10 @@ from typing import Any
 import networkx as nx
 
 from tensorpeft.language.syntax import ranges
+from tensorpeft.model.shape import Site
 from tensorpeft.network.graph import graph, modes
 from tensorpeft.network.network import Network, Operand, Term
 from tensorpeft.network.rank import minimum_cut
-from tensorpeft.network.shapes import Site
 
 Node = int | str  # a factor's position in its product, or a mode's name
 _SWEEPS = 6

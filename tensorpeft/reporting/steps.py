@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from tensorpeft.network.network import Group, Term
-from tensorpeft.planning.apart import some_sites
 from tensorpeft.planning.chain import ANY_SITE, SITE, Chain, Link, operand_modes, site_sizes
 from tensorpeft.planning.cost import Built, prologue_key
-from tensorpeft.planning.paths import TOKEN
+from tensorpeft.planning.orders import TOKEN
 from tensorpeft.planning.plan import GroupPlan, Plan
 from tensorpeft.planning.regime import Regime
+from tensorpeft.planning.weight_sites import some_sites
 from tensorpeft.reporting.panels import sites_of, span_of
 from tensorpeft.reporting.table import Cell, Table
 

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 from itertools import product
 
 from tensorpeft.language.errors import SpecError
-from tensorpeft.language.load import load_spec
-from tensorpeft.language.override import parse_override
+from tensorpeft.language.loader import load_spec
+from tensorpeft.language.overrides import parse_override
+from tensorpeft.model.shape import ModelShape
 from tensorpeft.network.lower import lower
-from tensorpeft.network.shapes import ModelShape
 from tensorpeft.planning.plan import plan
 from tensorpeft.planning.regime import Regime
 from tensorpeft.reporting.comparison import Comparison, Refused, Row, Settings

@@ -14,20 +14,21 @@ from torch import Tensor, nn
 
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.language.spec import Spec
+from tensorpeft.model.shape import Site
 from tensorpeft.network.network import Network
-from tensorpeft.network.shapes import Site
 from tensorpeft.planning.plan import Plan
-from tensorpeft.runtime import merging, prologue, saving
-from tensorpeft.runtime.apart import Apart
-from tensorpeft.runtime.compiled import Codes, Compiled
-from tensorpeft.runtime.extras import Extras
+from tensorpeft.runtime import factor_cache as prologue
+from tensorpeft.runtime import merging, saving
+from tensorpeft.runtime.autograd import SetRun
+from tensorpeft.runtime.base_weight import base_weight, product_of
+from tensorpeft.runtime.data_init import fill_from_weights
 from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.hooks import Attachment
-from tensorpeft.runtime.norms import Magnitudes
-from tensorpeft.runtime.set_run import SetRun
-from tensorpeft.runtime.spectral import fill_from_weights
+from tensorpeft.runtime.magnitudes import Magnitudes
+from tensorpeft.runtime.program_cache import Codes, Compiled
+from tensorpeft.runtime.replacement import Apart
 from tensorpeft.runtime.tasks import Tasks
-from tensorpeft.runtime.weights import base_weight, product_of
+from tensorpeft.runtime.trained_base import Extras
 
 
 class Adapter(nn.Module):

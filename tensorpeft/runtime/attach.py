@@ -14,8 +14,8 @@ from tensorpeft.language.errors import AdapterError
 from tensorpeft.network.network import Network
 from tensorpeft.planning.plan import Plan
 from tensorpeft.runtime.adapter import Adapter
+from tensorpeft.runtime.data_init import fill_from_weights
 from tensorpeft.runtime.hooks import PREFIX, Attachment
-from tensorpeft.runtime.spectral import fill_from_weights
 
 
 def attach_plan(

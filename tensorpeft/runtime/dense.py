@@ -9,19 +9,19 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from tensorpeft.emission.chain_code import ROW, Given, StrandCode
+from tensorpeft.emission.contraction import Code
 from tensorpeft.emission.emit import taken
 from tensorpeft.emission.index import Index
-from tensorpeft.emission.module import module
-from tensorpeft.emission.named import Code
-from tensorpeft.emission.prologue_code import PrologueCode
-from tensorpeft.emission.strand import Strand, strands
-from tensorpeft.emission.strand_code import ROW, Given, StrandCode
+from tensorpeft.emission.intern import module
+from tensorpeft.emission.lowering import Strand, strands
+from tensorpeft.emission.prologue import PrologueCode
 from tensorpeft.language.errors import AdapterError
+from tensorpeft.model.shape import Site
 from tensorpeft.network.network import Group, Term
-from tensorpeft.network.shapes import Site
 from tensorpeft.planning.plan import Plan, dense_plan
-from tensorpeft.runtime import prologue
-from tensorpeft.runtime.weights import base_weight
+from tensorpeft.runtime import factor_cache as prologue
+from tensorpeft.runtime.base_weight import base_weight
 
 if TYPE_CHECKING:
     from tensorpeft.runtime.adapter import Adapter

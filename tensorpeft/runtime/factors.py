@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from tensorpeft.language.errors import AdapterError, fail
 from tensorpeft.language.spec import SITE_MODES
-from tensorpeft.network.initial import initial_values
+from tensorpeft.model.shape import Key
+from tensorpeft.network.initialisers import initial_values
 from tensorpeft.network.network import Block, Network
-from tensorpeft.network.shapes import Key
-from tensorpeft.network.use import first_reference
+from tensorpeft.network.sharing import first_reference
 
 
 class Factors(nn.Module):

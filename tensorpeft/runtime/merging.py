@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.language.errors import AdapterError, did_you_mean
-from tensorpeft.network.shapes import Site
+from tensorpeft.model.shape import Site
+from tensorpeft.runtime.base_weight import Held, held
 from tensorpeft.runtime.dense import GroupCode, GroupUpdates
 from tensorpeft.runtime.hooks import adapters
-from tensorpeft.runtime.weights import Held, held
 
 if TYPE_CHECKING:
     from tensorpeft.runtime.adapter import Adapter

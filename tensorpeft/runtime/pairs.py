@@ -13,10 +13,10 @@ from tensorpeft.emission import ops
 from tensorpeft.emission.index import Index
 from tensorpeft.language.spec import BASE_WEIGHT
 from tensorpeft.network.network import Group
-from tensorpeft.planning.apart import some_sites
 from tensorpeft.planning.plan import GroupPlan
-from tensorpeft.runtime.apart_code import ApartCode, Built
-from tensorpeft.runtime.weights import base_weight
+from tensorpeft.planning.weight_sites import some_sites
+from tensorpeft.runtime.base_weight import base_weight
+from tensorpeft.runtime.weight_sites import ApartCode, Built
 
 if TYPE_CHECKING:
     from tensorpeft.runtime.adapter import Adapter

@@ -14,10 +14,10 @@ from tensorpeft.checkpoint.files import Saved, check_digest, digest, dtype_name,
 from tensorpeft.checkpoint.fit import mask_digest, stored_name
 from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor
 from tensorpeft.language.errors import AdapterError
-from tensorpeft.language.text import spec_text
+from tensorpeft.language.printer import spec_text
+from tensorpeft.model.target import choose, site_rows
+from tensorpeft.network.mask_packing import from_file, indices
 from tensorpeft.network.network import Block, Network
-from tensorpeft.network.packing import from_file, indices
-from tensorpeft.network.targets import choose, site_rows
 from tensorpeft.runtime.factors import initial_tensor
 
 if TYPE_CHECKING:

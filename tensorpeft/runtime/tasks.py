@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tensorpeft.language.errors import AdapterError
-from tensorpeft.runtime.prologue import is_traced
+from tensorpeft.runtime.factor_cache import is_traced
 
 
 class Tasks:

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from tensorpeft.network.conventions import fused_layouts
-from tensorpeft.network.shapes import Linear, Rows
+from tensorpeft.model.roles import fused_layouts
+from tensorpeft.model.shape import Linear, Rows
 
 _HEADS = ("num_heads", "num_attention_heads")
 

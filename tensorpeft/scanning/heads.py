@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tensorpeft.network.shapes import Site
+from tensorpeft.model.shape import Site
 
 _HEADS = ("num_attention_heads", "num_heads", "n_heads", "n_head")
 _KEYS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", *_HEADS)

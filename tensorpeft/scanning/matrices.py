@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tensorpeft.network.shapes import Linear, Rows
+from tensorpeft.model.shape import Linear, Rows
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

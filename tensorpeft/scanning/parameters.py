@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import nn
 
-from tensorpeft.network.architecture import families
-from tensorpeft.network.families import head_modules
-from tensorpeft.network.shapes import Parameter, Site
+from tensorpeft.model.cards import head_modules
+from tensorpeft.model.family import families
+from tensorpeft.model.shape import Parameter, Site
 from tensorpeft.scanning.matrices import is_norm
 
 IsHead = Callable[[str], bool]

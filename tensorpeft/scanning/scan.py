@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from tensorpeft.language.errors import ModelError, clip
-from tensorpeft.network.architecture import Architecture, architecture, families, together
-from tensorpeft.network.naming import has_roles
-from tensorpeft.network.shapes import Linear, ModelShape, Site
-from tensorpeft.network.sites import resolve
+from tensorpeft.model.family import Architecture, architecture, families, together
+from tensorpeft.model.naming import has_roles
+from tensorpeft.model.shape import Linear, ModelShape, Site
+from tensorpeft.model.sites import resolve
 from tensorpeft.runtime.adapter import Adapter
 from tensorpeft.scanning.fused import parts
 from tensorpeft.scanning.heads import with_heads
@@ -28,7 +28,7 @@ def scan(model: nn.Module) -> ModelShape:
 
     Where the model, or a module inside it, has a config of a known family, the family's table names the roles and the
     heads, behind the module's name if there are several; elsewhere the paths of the modules give the names (see
-    ``network.sites.resolve``). A model without a table has the sizes ``layers`` (how many its paths count) and ``width``
+    ``model.sites.resolve``). A model without a table has the sizes ``layers`` (how many its paths count) and ``width``
     (the commonest d_in inside the layers).
     Adapters that the model has already are no part of it.
 

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensorpeft as tp
-from tensorpeft.language.catalogue import method_paths
+from tensorpeft.language.shipped import method_paths
 
 PAIRS = 3
 WARM = ("lora", "vera")  # a shorthand and an update, so that both grammars are read

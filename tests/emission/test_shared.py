@@ -8,11 +8,11 @@ import pytest
 import torch
 
 import tensorpeft as tp
-from tensorpeft.compile import front
 from tensorpeft.emission.emit import emit
+from tensorpeft.emission.input_kind import SetKind
 from tensorpeft.emission.program import program
-from tensorpeft.emission.set_kind import SetKind
-from tensorpeft.network import packing
+from tensorpeft.network import mask_packing as packing
+from tensorpeft.pipeline import front
 from tensorpeft.scanning.scan import scan
 from tests.models import build
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tensorpeft.language.errors import SpecError
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
 
 HERE = Path(__file__).parent
 BROKEN = sorted(HERE.glob("*.yaml"))

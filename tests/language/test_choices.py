@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tensorpeft.language.grammar import parse_selector
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
 from tensorpeft.language.nodes import literal
-from tensorpeft.language.override import parse_override
+from tensorpeft.language.overrides import parse_override
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import EVERYWHERE, Choice, Selector
 

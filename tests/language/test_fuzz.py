@@ -13,11 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.errors import SpecError
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
+from tensorpeft.language.printer import spec_text
+from tensorpeft.language.shipped import method_paths
 from tensorpeft.language.spec import Spec
-from tensorpeft.language.text import spec_text
 
 N_EXAMPLES = 10_000
 SPECS = [path.read_text(encoding="utf-8") for path in method_paths().values()]

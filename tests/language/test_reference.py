@@ -5,11 +5,8 @@ from __future__ import annotations
 import json
 import re
 
-from tensorpeft.language.catalogue import grammar_path
 from tensorpeft.language.functions import ARITY
-from tensorpeft.language.load import load_spec
-from tensorpeft.language.syntax import CONSTANTS
-from tensorpeft.language.words import (
+from tensorpeft.language.keywords import (
     BUDGET,
     BUILT_IN_MODES,
     DECOMPOSITIONS,
@@ -19,6 +16,9 @@ from tensorpeft.language.words import (
     MODEL_SIZES,
     TRAINABLE,
 )
+from tensorpeft.language.loader import load_spec
+from tensorpeft.language.shipped import grammar_path
+from tensorpeft.language.syntax import CONSTANTS
 
 REFERENCE = grammar_path("README.md").read_text(encoding="utf-8")
 

@@ -8,8 +8,8 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tensorpeft.language.load import load_spec
-from tensorpeft.language.text import spec_text
+from tensorpeft.language.loader import load_spec
+from tensorpeft.language.printer import spec_text
 
 PRODUCTS = {  # product -> the factor that starts at zero, its bonds, the modes it needs
     "B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in]": ("B", "r", ()),

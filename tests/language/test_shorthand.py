@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
 from tensorpeft.language.spec import Spec
 
 HEAD = "tensorpeft: 1\ntarget: {matrices: [query]}\n"

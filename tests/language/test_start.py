@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tensorpeft.language.checks.start import dead_factors, nonzero_products
 from tensorpeft.language.grammar import parse_init
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
 from tensorpeft.language.nodes import literal
+from tensorpeft.language.printer import spec_text
 from tensorpeft.language.spec import FactorRule, Spec, Target
-from tensorpeft.language.start import dead_factors, nonzero_products
 from tensorpeft.language.syntax import Call, Name, Product, Reference, Update
-from tensorpeft.language.text import spec_text
 
 HEAD = "tensorpeft: 1\ntarget: {matrices: [query]}\n"
 FACTORS = "abcde"

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.errors import SpecError
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
+from tensorpeft.language.shipped import method_paths
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Number
+from tensorpeft.model.cards import model_shape
 from tensorpeft.network.budget import n_trained
-from tensorpeft.network.families import model_shape
 from tensorpeft.network.lower import lower
-from tests.network.test_selection import LLAMA
+from tests.network.test_site_classes import LLAMA
 from tests.structures import STRUCTURES
 
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tensorpeft.compile import front
 from tensorpeft.language.errors import SpecError
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
 from tensorpeft.language.spec import MaskRule
-from tensorpeft.network.families import model_shape
+from tensorpeft.model.cards import model_shape
+from tensorpeft.model.shape import Key, Site
 from tensorpeft.network.masks import kept_indices, masks_at
 from tensorpeft.network.network import Block, Network
-from tensorpeft.network.shapes import Key, Site
+from tensorpeft.pipeline import front
 
 SMALL = {
     "model_type": "llama",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tensorpeft.compile import front
 from tensorpeft.language.errors import SpecError
-from tensorpeft.network.families import model_shape
-from tensorpeft.network.initial import initial_values
+from tensorpeft.model.cards import model_shape
+from tensorpeft.network.initialisers import initial_values
 from tensorpeft.network.network import Block, Key, Network
+from tensorpeft.pipeline import front
 
 LLAMA = model_shape(
     {

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tensorpeft.compile import front
-from tensorpeft.network.families import model_shape
+from tensorpeft.model.cards import model_shape
 from tensorpeft.network.network import Group, Network, Term
 from tensorpeft.network.rank import lora_rank, minimum_cut, rank_bound
+from tensorpeft.pipeline import front
 
 LLAMA = model_shape(
     {

@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tensorpeft.compile import front
 from tensorpeft.language.errors import SpecError
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
 from tensorpeft.network.network import Block
 from tensorpeft.network.spectral import Decomposition, signed, spectral_values
-from tests.network.test_selection import LLAMA
+from tensorpeft.pipeline import front
+from tests.network.test_site_classes import LLAMA
 
 QUERY = next(site for site in LLAMA.sites if site.matrix == "query" and site.layer == 1)
 VALUE = next(site for site in LLAMA.sites if site.matrix == "value" and site.layer == 1)

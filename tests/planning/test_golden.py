@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import tensorpeft as tp
-from tensorpeft.compile import front
-from tensorpeft.language.catalogue import method_paths
-from tensorpeft.network.families import model_shape
+from tensorpeft.language.shipped import method_paths
+from tensorpeft.model.cards import model_shape
+from tensorpeft.pipeline import front
 from tensorpeft.planning.regime import Regime
 from tensorpeft.scanning.scan import scan
 from tests.catalogue_page import without_scores

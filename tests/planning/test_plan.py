@@ -8,11 +8,11 @@ import opt_einsum
 import pytest
 
 import tensorpeft as tp
-from tensorpeft.compile import front
-from tensorpeft.network.families import model_shape
+from tensorpeft.model.cards import model_shape
+from tensorpeft.model.shape import ModelShape
 from tensorpeft.network.lower import lower
 from tensorpeft.network.network import Network, Term
-from tensorpeft.network.shapes import ModelShape
+from tensorpeft.pipeline import front
 from tensorpeft.planning.plan import Plan, dense_plan, plan
 from tensorpeft.planning.regime import Regime
 from tensorpeft.scanning.scan import scan

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tensorpeft.compile import attach, report
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
+from tensorpeft.pipeline import attach, report
 from tests import models
 
 METHODS = ["lora", "lorta", "vera", "partial_lora", "shared_a"]

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tensorpeft.compile import report
-from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.errors import SpecError
-from tensorpeft.network.families import cards, model_shape
+from tensorpeft.language.shipped import method_paths
+from tensorpeft.model.cards import cards, model_shape
+from tensorpeft.pipeline import report
 from tensorpeft.reporting.catalogue import COUNTED_ON, Paper, catalogue, described
 
 SHIPPED = Path(__file__).resolve().parents[2] / "specs"

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
-from tensorpeft.compile import front, report, shape_of
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
 from tensorpeft.network.rank import lora_rank
+from tensorpeft.pipeline import front, report, shape_of
 from tensorpeft.reporting.counting import report_of
 from tensorpeft.reporting.report import Report
 from tests import published

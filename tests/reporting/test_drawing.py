@@ -9,13 +9,13 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from tensorpeft.compile import shape_of
-from tensorpeft.language.catalogue import method_paths
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
+from tensorpeft.language.shipped import method_paths
+from tensorpeft.model.shape import ModelShape
 from tensorpeft.network.lower import lower
 from tensorpeft.network.network import Network
 from tensorpeft.network.rank import lora_rank, minimum_cut
-from tensorpeft.network.shapes import ModelShape
+from tensorpeft.pipeline import shape_of
 from tensorpeft.reporting.drawing import drawing
 from tensorpeft.reporting.panels import columns, panels
 from tensorpeft.reporting.svg import CHARACTER

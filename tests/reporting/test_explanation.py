@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from tensorpeft.compile import front, shape_of
 from tensorpeft.emission.emit import emit
-from tensorpeft.language.load import load_spec
+from tensorpeft.language.loader import load_spec
+from tensorpeft.pipeline import front, shape_of
 from tensorpeft.reporting.explanation import explanation
 from tensorpeft.reporting.page import Listing
 

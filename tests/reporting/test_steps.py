@@ -10,11 +10,11 @@ from string import ascii_letters
 import numpy as np
 import pytest
 
-from tensorpeft.compile import shape_of
-from tensorpeft.language.load import load_spec
-from tensorpeft.network.families import model_shape
+from tensorpeft.language.loader import load_spec
+from tensorpeft.model.cards import model_shape
 from tensorpeft.network.lower import lower
 from tensorpeft.network.network import Network
+from tensorpeft.pipeline import shape_of
 from tensorpeft.planning.plan import plan
 from tensorpeft.planning.regime import Regime
 from tensorpeft.reporting.steps import Step, step_table, steps

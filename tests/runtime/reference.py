@@ -17,9 +17,9 @@ from torch import Tensor
 
 import tensorpeft as tp
 from tensorpeft.language.syntax import Choice, Product, Reference, Selector
-from tensorpeft.network.layout import balanced
+from tensorpeft.model.shape import Site
+from tensorpeft.network.mode_sizes import balanced
 from tensorpeft.network.network import Block
-from tensorpeft.network.shapes import Site
 
 AT_SITE = ("matrix", "layer", "expert")
 STRUCTURAL = {"head", "head_dim", "width"}

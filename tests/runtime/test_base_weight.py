@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import tensorpeft as tp
 from tensorpeft.language.spec import BASE_WEIGHT
+from tensorpeft.model.shape import Site
 from tensorpeft.network.lower import lower
 from tensorpeft.network.network import Network, Term
-from tensorpeft.network.shapes import Site
 from tensorpeft.planning.plan import plan
 from tensorpeft.planning.regime import Regime
 from tensorpeft.runtime.attach import attach_plan

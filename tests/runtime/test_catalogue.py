@@ -15,9 +15,9 @@ import yaml
 from torch import Tensor, nn
 
 import tensorpeft as tp
-from tensorpeft.language.catalogue import method_paths
+from tensorpeft.language.printer import spec_text
+from tensorpeft.language.shipped import method_paths
 from tensorpeft.language.spec import Spec
-from tensorpeft.language.text import spec_text
 from tensorpeft.reporting.report import Report
 from tensorpeft.runtime import hooks
 from tests.models import build, enliven, inputs, randomise, run, widen_norms

@@ -19,11 +19,11 @@ from torch.func import functional_call
 import tensorpeft as tp
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.spec import Target
-from tensorpeft.network.architecture import families
-from tensorpeft.network.extras import extras
-from tensorpeft.network.families import model_shape
-from tensorpeft.network.shapes import ModelShape, Site
-from tensorpeft.network.targets import choose
+from tensorpeft.model.cards import model_shape
+from tensorpeft.model.family import families
+from tensorpeft.model.shape import ModelShape, Site
+from tensorpeft.model.target import choose
+from tensorpeft.model.trained import extras
 from tensorpeft.scanning.scan import scan
 from tests.models import randomise
 from tests.runtime.families import ATTENTION, CASES, FIRST_LAYER, MLP, NOT_ON_CARDS, inputs, layers, on_meta, run

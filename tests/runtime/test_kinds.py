@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 import tensorpeft as tp
-from tensorpeft.language.catalogue import method_paths
 from tensorpeft.language.errors import AdapterError, SpecError
+from tensorpeft.language.shipped import method_paths
 from tests.models import randomise
 from tests.runtime.kinds import (
     EXPERTS,

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 import tensorpeft as tp
-from tensorpeft.network.shapes import Site
+from tensorpeft.model.shape import Site
 from tests.models import build, inputs, run, widen_norms
 from tests.runtime.reference import modes_at, stored_at
 from tests.runtime.test_oracle import by_formula

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import tensorpeft as tp
-from tensorpeft.network.shapes import Site
+from tensorpeft.model.shape import Site
 from tests.runtime.reference import block_of
 from tests.runtime.test_peft import check_agrees, layers
 from tests.structures import model

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import tensorpeft as tp
-from tensorpeft.compile import front
+from tensorpeft.pipeline import front
 from tensorpeft.planning.regime import Regime
 from tensorpeft.scanning.scan import scan
 from tests.models import build, enliven

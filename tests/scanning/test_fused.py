@@ -11,8 +11,8 @@ import transformers
 from torch import Tensor, nn
 
 import tensorpeft as tp
-from tensorpeft.network.conventions import fused_layouts
-from tensorpeft.network.shapes import Site
+from tensorpeft.model.roles import fused_layouts
+from tensorpeft.model.shape import Site
 from tensorpeft.scanning.scan import scan
 from tests.models import randomise
 

@@ -10,7 +10,7 @@ from torch import nn
 import tensorpeft as tp
 from tensorpeft.language.errors import ModelError
 from tensorpeft.language.spec import Target
-from tensorpeft.network.targets import choose
+from tensorpeft.model.target import choose
 from tensorpeft.scanning.scan import scan
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -10,11 +10,11 @@ import torch
 import transformers
 from torch import nn
 
-from tensorpeft.compile import attach
 from tensorpeft.language.errors import ModelError
 from tensorpeft.language.spec import Target
-from tensorpeft.network.shapes import Rows
-from tensorpeft.network.targets import choose
+from tensorpeft.model.shape import Rows
+from tensorpeft.model.target import choose
+from tensorpeft.pipeline import attach
 from tensorpeft.scanning.scan import scan
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

@@ -1,0 +1,85 @@
+"""A graph of an input set's code, and the tensors with names that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import fx
+from torch.fx.node import Argument
+
+from tensorpeft.emission import ops
+from tensorpeft.emission.chain_code import ROW, Given, StrandCode
+from tensorpeft.emission.contraction import Code, Modes, Named
+from tensorpeft.emission.input_kind import SetKind
+from tensorpeft.emission.intern import module
+from tensorpeft.model.shape import Rows
+from tensorpeft.planning.orders import TOKEN
+
+HEAD, INPUT = "<head>", "<input>"  # all columns of a head's result; all features of the input
+
+
+@dataclass(frozen=True)
+class Function:
+    """An emitted function: the names of what it takes, and of what it returns; and which sizes of strands are in its code."""
+
+    code: fx.GraphModule
+    takes: tuple[str, ...]
+    returns: tuple[str, ...]
+    read: Mapping[tuple[int, str], int]
+
+
+class SetGraph:
+    """A graph of an input set."""
+
+    def __init__(self, kind: SetKind) -> None:
+        self.kind, self.code = kind, Code({INPUT: kind.d_in})
+        self.takes: dict[str, fx.Node] = {}
+        self.features: dict[fx.Node, int] = {}  # of an activation
+
+    def take(self, name: str) -> fx.Node:
+        """The placeholder of a named tensor."""
+        if name not in self.takes:
+            self.takes[name] = self.code.placeholder(name)
+        return self.takes[name]
+
+    def flat(self, name: str, features: int) -> tuple[fx.Node, tuple[Modes, ...]]:
+        """An activation with one axis for its tokens, behind one for the rows of the batch where these have tasks."""
+        lead = (self.code.once("size", self.take("ids"), 0),) if self.kind.by_task else ()
+        node = self.code.once(ops.flat, self.take(name), *lead, -1, features)
+        self.features[node] = features
+        return node, (*(((ROW,),) if lead else ()), (TOKEN,))
+
+    def strand(self, number: int, *, gradients: bool = False) -> StrandCode:
+        """The code of a strand in this graph."""
+        pieces, numbers = self.kind.strands[number], self.kind.pieces[number]
+
+        def piece(n: int) -> fx.Node:
+            return self.take("w" if numbers[n] < 0 else f"p{numbers[n]}")
+
+        def into(n: int) -> fx.Node:
+            return self.take(f"into{numbers[n]}")
+
+        given = Given(
+            piece,
+            index=lambda what: self.take(f"{what}{number}"),
+            number=number,
+            ids=self.take("ids") if self.kind.by_task else None,
+            training=self.take("training") if any(met.dropout for met in pieces.met) else None,
+            into=into if gradients else None,
+        )
+        return StrandCode(self.code, pieces, given)
+
+    def finish(self, outputs: Argument, returns: tuple[str, ...], name: str) -> Function:
+        self.code.graph.output(outputs)
+        code = module(self.code.graph, name)
+        return Function(code, tuple(self.takes), returns, self.code.sizes.read)
+
+
+def rows_of(graph: SetGraph, y: Named, rows: Rows | None) -> Named | None:
+    """The outputs of one matrix as a view with one axis; None where they do not lie together."""
+    if rows is None:
+        return y
+    if rows.period != graph.features[y.node]:
+        return None
+    return Named(graph.code.once("narrow", y.node, -1, rows.offset, rows.count), y.axes, frozenset({len(y.axes) - 2}))

@@ -1,0 +1,115 @@
+"""Checks of the products of an update: what is summed, what is open, and how the factors hang together."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Set
+from dataclasses import dataclass
+
+from tensorpeft.language import names
+from tensorpeft.language.errors import Problem, clip, did_you_mean, listing
+from tensorpeft.language.keywords import TASK_MODE
+from tensorpeft.language.nodes import Table
+from tensorpeft.language.spec import SIDES, STRUCTURAL_MODES, Spec
+from tensorpeft.language.syntax import Definition, Product, Reference
+
+
+def contracted_bonds(spec: Spec, table: Table) -> Iterator[Problem]:
+    """A bond stands in at least two factors of a product."""
+    bonds = {*names.bonds(spec)}
+    for product in spec.update.products:
+        carried = Counter(atom for reference in product.factors for atom in names.atoms(spec, reference.modes))
+        for reference in product.factors:
+            for mode in sorted(names.atoms(spec, reference.modes) & bonds):
+                if carried[mode] == 1:
+                    message = f"bond `{mode}` is in `{reference.factor}` alone, so there is nothing to contract it with"
+                    known = names.known_modes(spec) - {mode} if mode in spec.free else ()
+                    hint = did_you_mean(mode, known) or "; expected it in a second factor of the product"
+                    yield Problem(f"{message}{hint}", reference.span)
+
+
+def open_sides(spec: Spec, table: Table) -> Iterator[Problem]:
+    """Every product carries the whole output and the whole input.
+
+    ``head`` with ``head_dim`` is one side of a matrix and ``width`` the other; which is which, the model says.
+    """
+    for product in spec.update.products:
+        carried = {mode for reference in product.factors for mode in reference.modes}
+        if ways := _several_splits(spec, carried):
+            message = f"`{clip(str(product), 200)}` splits `{ways[0].name}` in several ways, {listing(map(str, ways))}"
+            yield Problem(f"{message}; expected one of them in a product", product.span)
+        elif missing := _missing(spec, names.atoms(spec, carried)):
+            message = f"no factor of `{clip(str(product), 200)}` carries {listing(missing)}"
+            yield Problem(f"{message}; expected every product to carry the whole output and input", product.span)
+
+
+def _several_splits(spec: Spec, carried: set[str]) -> list[Definition]:
+    """Of a side that these modes have parts of by several of its definitions, these."""
+    others = [definition for definition in spec.modes if definition.name not in SIDES]
+    inside = names.inside(others, carried)
+    for side in SIDES:
+        ways = [d for d in names.splits(spec, side) if inside & names.inside(others, (part.name for part in d.parts))]
+        if len(ways) > 1:
+            return ways
+    return []
+
+
+def _missing(spec: Spec, atoms: Set[str]) -> list[str]:
+    """What these modes lack of the two sides; where a side is split in several ways, of the one that they are nearest to."""
+    by_heads = atoms & {*STRUCTURAL_MODES} - names.side_parts(spec.modes)
+    lacking = [left for side in SIDES if (left := _lack(spec, side, atoms))]
+    complete = [modes for modes in ({"head", "head_dim"}, {"width"}) if modes <= by_heads]
+    if len(lacking) <= len(complete):
+        return []
+    if len(lacking) == 2 and by_heads:
+        return [mode for mode in STRUCTURAL_MODES if mode not in atoms]
+    return [part for left in lacking for part in sorted(left)]
+
+
+def _lack(spec: Spec, side: str, atoms: Set[str]) -> Set[str]:
+    """What these modes lack of a side."""
+    ways = [names.atoms(spec, (part.name for part in split.parts)) for split in names.splits(spec, side)]
+    return min((way - atoms for way in ways or [frozenset({side})]), key=len)
+
+
+def connected(spec: Spec, table: Table) -> Iterator[Problem]:
+    """No group of factors is bound to nothing but itself."""
+    bonds = {*names.bonds(spec)}
+    for product in spec.update.products:
+        for group in _groups(spec, product):
+            if len(group.references) > 1 and group.atoms <= bonds:  # of one by itself, its lone bonds are told
+                factors = listing(dict.fromkeys(reference.factor for reference in group.references))
+                message = f"nothing joins {factors} to the rest of the product"
+                yield Problem(f"{message}; expected a bond that another factor carries", group.references[0].span)
+
+
+def tasks(spec: Spec, table: Table) -> Iterator[Problem]:
+    """A number of tasks, and a factor that differs between them, come together."""
+    carrying = [ref for ref in names.references(spec) if TASK_MODE in names.atoms(spec, ref.modes)]
+    if spec.tasks is None and carrying:
+        message = f"`{carrying[0].factor}` carries the mode `task`, whose size is missing; expected a key `tasks`"
+        yield Problem(message, carrying[0].span)
+    elif spec.tasks is not None and not carrying:
+        yield Problem("`tasks` is given, but no factor carries the mode `task`", table.where("tasks"))
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Factors of a product that hang together, and the modes they carry."""
+
+    references: tuple[Reference, ...]
+    atoms: frozenset[str]
+
+
+def _groups(spec: Spec, product: Product) -> list[_Group]:
+    groups: list[_Group] = []
+    for reference in product.factors:
+        merged = _Group((reference,), names.atoms(spec, reference.modes))
+        apart = []
+        for group in groups:
+            if group.atoms & merged.atoms:
+                merged = _Group((*group.references, *merged.references), group.atoms | merged.atoms)
+            else:
+                apart.append(group)
+        groups = [*apart, merged]
+    return groups

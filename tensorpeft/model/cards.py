@@ -1,0 +1,198 @@
+"""Model cards and configs -> ModelShape, without torch."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tensorpeft.language.errors import ModelError, did_you_mean, listing
+from tensorpeft.language.shipped import data_folder
+from tensorpeft.model.config import Sizes
+from tensorpeft.model.family import Architecture, architecture, put, read_yaml
+from tensorpeft.model.shape import Linear, ModelShape, Parameter
+from tensorpeft.model.sites import resolve
+
+MAX_BYTES = 4 * 2**20  # of a config.json
+
+
+def cards() -> tuple[str, ...]:
+    """The names of the model cards that ship."""
+    return tuple(sorted(path.stem for path in (data_folder("specs") / "models").glob("*.yaml")))
+
+
+def model_shape(model: str | Path | Mapping[str, Any]) -> ModelShape:
+    """The shape of a model given as a card's name, a ``config.json`` (or the folder that has one), or a config's dict.
+
+    A card is a config too, of the keys that matter for sizes. ``n_parameters`` counts the class that the config names
+    under ``architectures``, or the family's first where that one is not in the table; ``model_class`` says which.
+
+    Raises:
+        ModelError: there is no such card or file, its family is unknown, or a key is missing or makes no sense.
+    """
+    if isinstance(model, Mapping):
+        return _shape(str(model.get("_name_or_path") or model.get("model_type")), model, "config")
+    if isinstance(model, str) and model in cards():
+        path = data_folder("specs") / "models" / f"{model}.yaml"
+        return _shape(model, read_yaml(path), path.name)
+    file = _config_file(Path(model))
+    if file is None:
+        known = f"the cards are {listing(cards(), 40)}{did_you_mean(str(model), cards())}"
+        raise ModelError(f"`{model}` is neither a model card nor a config file; {known}")
+    return _shape(file.resolve().parent.name, _read(file), str(file))
+
+
+def _config_file(path: Path) -> Path | None:
+    try:
+        path = path / "config.json" if path.is_dir() else path
+        return path if path.is_file() else None
+    except OSError:  # a name too long for the file system
+        return None
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    try:
+        with path.open("rb") as file:
+            text = file.read(MAX_BYTES + 1)
+        config = json.loads(text) if len(text) <= MAX_BYTES else None
+    except (OSError, ValueError, RecursionError) as reason:
+        raise ModelError(f"{path}: this is not JSON: {reason}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{path}: expected a JSON object of at most {MAX_BYTES // 2**20} MiB")
+    return config
+
+
+def _shape(name: str, config: Mapping[str, Any], where: str) -> ModelShape:
+    try:
+        known = architecture(config)
+        table, sizes = put(config)
+        _refuse_uncounted(table, config, sizes)
+        model_class, added = _class(table, config)
+        is_body = model_class.startswith(f"{table['stem']}Model")
+        prefix = added.get("prefix", "" if is_body else table.get("prefix", ""))
+        start = f"{prefix}." if prefix else ""
+        weights = [*_inside(known, start), *_outside(table, added, start, sizes)]
+        others = [*_others(table, "", sizes), *_others(added, "head.", sizes)]
+        return ModelShape(
+            name=name,
+            sites=resolve([weight.linear for weight in weights], known),
+            sizes=known.sizes,
+            n_parameters=sum(weight.count for weight in weights) + sum(other.count for other in others),
+            family=known.family,
+            model_class=model_class,
+            parameters=(*_parameters(weights), *others),
+        )
+    except ModelError as reason:
+        raise ModelError(f"{where}: {reason}") from None
+
+
+def head_modules(config: Mapping[str, Any], model_class: str) -> tuple[str, ...]:
+    """The modules that a class has beside its body, which make its output; none where the table does not know the class."""
+    table, _ = put(config)
+    classes = {table["stem"] + ending: added for ending, added in table["classes"].items()}
+    return tuple(path for path in classes.get(model_class, {}).get("modules", ()) if not path.startswith("."))
+
+
+def _refuse_uncounted(table: Mapping[str, Any], config: Mapping[str, Any], sizes: Sizes) -> None:
+    for key in table.get("uncounted", ()):
+        if sizes[key] if key in table["switches"] else config.get(key):
+            raise ModelError(f"`{key}` adds parameters that the table of `{config['model_type']}` does not count")
+
+
+def _class(table: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+    """The class that the config names, else the table's first, with what it has outside the layers."""
+    classes = {table["stem"] + ending: added for ending, added in table["classes"].items()}
+    named = config.get("architectures")
+    first = str(named[0]) if isinstance(named, list) and named else ""
+    return (first, classes[first]) if first in classes else next(iter(classes.items()))
+
+
+@dataclass(frozen=True)
+class _Weight:
+    """A weight, with or without a bias, that counts as a parameter unless it is tied to another."""
+
+    linear: Linear
+    bias: int
+    tied: int = 0
+    kinds: frozenset[str] = frozenset()
+
+    @property
+    def n_weights(self) -> int:
+        return self.linear.module_d_out * self.linear.d_in * (self.linear.experts or 1)
+
+    @property
+    def n_biases(self) -> int:
+        return self.linear.module_d_out * self.bias * (self.linear.experts or 1)
+
+    @property
+    def count(self) -> int:
+        return self.n_weights * (1 - self.tied) + self.n_biases
+
+    @property
+    def parameters(self) -> Iterator[Parameter]:
+        is_module = self.linear.parameter in (None, "weight")
+        weight, bias = (".weight", ".bias") if is_module else ("", "_bias")
+        if not self.tied:
+            yield Parameter(self.linear.path + weight, self.n_weights, self.kinds)
+        if self.bias:
+            yield Parameter(self.linear.path + bias, self.n_biases, self.kinds | {"biases"})
+
+
+def _parameters(weights: Iterable[_Weight]) -> Iterator[Parameter]:
+    """All parameters of the weights; one that is tied has the kinds of all that share it."""
+    tied: dict[int, frozenset[str]] = defaultdict(frozenset)
+    for weight in weights:
+        if weight.tied:
+            tied[weight.n_weights] |= weight.kinds
+    for weight in weights:
+        for parameter in weight.parameters:
+            is_shared = not weight.tied and parameter.count in tied and weight.linear.kind != "linear"
+            yield replace(parameter, kinds=parameter.kinds | tied[parameter.count]) if is_shared else parameter
+
+
+def _inside(known: Architecture, start: str) -> Iterable[_Weight]:
+    """The weights in the layers, by their present names; the parts of a fused one are one."""
+    found: dict[str, _Weight] = {}
+    for matrix in known.matrices:
+        for layer in matrix.layers:
+            module = start + matrix.modules[0].format(layer=layer)
+            linear = Linear(
+                module, matrix.module_d_out, matrix.d_in, matrix.kind, matrix.parameter,
+                experts=matrix.experts, transposed=matrix.transposed,
+            )  # fmt: skip
+            found.setdefault(linear.path, _Weight(linear, matrix.bias))
+    return found.values()
+
+
+def _outside(table: Mapping[str, Any], added: Mapping[str, Any], start: str, sizes: Sizes) -> Iterator[_Weight]:
+    """The weights outside the layers: those of the body, then those of the class, of which a dot in front says the body's."""
+    entries = {f".{module}": entry for module, entry in table.get("modules", {}).items()} | added.get("modules", {})
+    for path, entry in entries.items():
+        if not sizes.value(entry.get("if", 1)):
+            continue
+        d_out, d_in, tied, bias = (sizes.value(entry.get(key, 0)) for key in ("d_out", "d_in", "tied", "bias"))
+        in_body = path.startswith(".")
+        module = start + path[1:] if in_body else path
+        kind, parameter = entry.get("kind", "linear"), entry.get("parameter")
+        linear = Linear(module, d_out, d_in, kind, parameter, transposed=bool(entry.get("transposed")))
+        yield _Weight(linear, bias, tied, frozenset() if in_body else frozenset({"head"}))
+
+
+_OTHERS = {  # a table's key -> the name of what it counts, and the words of `train:` that mean it
+    "norms": ("norms.weight", {"norms"}),  # with their biases, which are counted apart
+    "norm_biases": ("norms.bias", {"norms", "biases"}),
+    "parameters": ("others.weight", set[str]()),
+    "biases": ("others.bias", {"biases"}),
+}
+
+
+def _others(entries: Mapping[str, Any], where: str, sizes: Sizes) -> Iterator[Parameter]:
+    """Parameters that are no site's, of the body or of the head: all norms, all others, and the biases of each."""
+    counts = {key: sizes.value(entries.get(key, 0)) for key in _OTHERS}
+    counts["norms"] -= counts["norm_biases"]
+    for key, (name, kinds) in _OTHERS.items():
+        if counts[key]:
+            yield Parameter(where + name, counts[key], frozenset({*kinds, *({"head"} if where else ())}))

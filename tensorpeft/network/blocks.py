@@ -1,0 +1,159 @@
+"""The stored tensors of a factor, and which part of them each site uses."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+
+from tensorpeft.language.errors import fail
+from tensorpeft.language.keywords import LAYER
+from tensorpeft.language.spec import MaskRule, Spec
+from tensorpeft.language.syntax import Spectral
+from tensorpeft.model.shape import Key, Site
+from tensorpeft.network.initialisers import origins
+from tensorpeft.network.mask_packing import Kept, Masking
+from tensorpeft.network.network import Axis, Block
+from tensorpeft.network.sharing import Layouts, Placed, Sizes, Use, Users, serving_indices, users_of
+from tensorpeft.network.site_classes import Kind
+from tensorpeft.network.spectral import refuse_excess, unfolding
+
+
+@dataclass(frozen=True)
+class Storage:
+    """The blocks of one factor, and which of them a site uses."""
+
+    use: Use
+    policies: tuple[str, ...]  # of the free modes
+    masking: Masking | None
+    blocks: tuple[Block, ...]
+    of_site: dict[Key, tuple[Key, Block]]
+    masked_axes: dict[tuple[str, Key], tuple[np.ndarray | None, ...]]  # by block and key
+
+    def key(self, site: Site) -> Key:
+        return self.of_site[site.key][0]
+
+    def block(self, site: Site) -> Block:
+        return self.of_site[site.key][1]
+
+    def stored(self, site: Site, axis: int) -> np.ndarray | None:
+        """The indices of a free axis that a site's key holds; None: all of them."""
+        key, block = self.of_site[site.key]
+        return None if block.kept is None else block.kept[key][axis]
+
+    def kept(self, site: Site, axis: int) -> np.ndarray | None:
+        """The indices of a free axis that masks leave at a site; None: all of them."""
+        key, block = self.of_site[site.key]
+        return self.masked_axes[block.name, key][axis] if self.masking else None
+
+    def serving(self, site: Site, axis: int, size: int) -> np.ndarray:
+        """For each index of a mode of this size the index of the axis that serves it."""
+        return serving_indices(self.policies[axis], size, self.block(site).free_axes[axis].size)
+
+    @property
+    def cuts(self) -> bool:
+        """Whether what masks leave of its modes differs from key to key."""
+        return self.masking is not None and self.masking.of_axes
+
+    def rule(self, axis: int) -> MaskRule:
+        """The rule that masks an axis."""
+        assert self.masking is not None
+        return self.masking.rule(axis)
+
+
+def store(spec: Spec, use: Use, placed: Placed, layouts: Layouts, masking: Masking | None, stack: str = "") -> Storage:
+    """The blocks that hold a factor for its sites, which are those of a stack; its name is part of theirs.
+
+    Raises:
+        SpecError: a mask, an initialiser, or the policy for a ragged mode does not fit the sizes.
+    """
+    refuse_excess(spec, use, layouts)
+    users = users_of(spec, use, placed, layouts)
+    keys_of: dict[Sizes, list[Key]] = defaultdict(list)
+    for key, sizes in users:
+        keys_of[sizes].append(key)
+    ragged = [mode for mode, *sizes in zip(use.free, *keys_of, strict=True) if len(set(sizes)) > 1]
+    blocks, of_site, axes = [], {}, {}
+    for sizes, keys in keys_of.items():
+        mine = {key: users[key, sizes] for key in keys}
+        block = _block(spec, use, sizes, keys, ragged, stack)
+        block = replace(block, names=_names(block, use, mine, layouts))
+        if block.data_dependent:
+            block = replace(block, unfolding=unfolding(block, use, mine, layouts))
+        if masking is not None:
+            kept = _kept(masking, block, sizes, mine)
+            block = _packed(block, kept, masking.by_entries)
+            axes.update({(block.name, key): each.axes for key, each in kept.items()})
+        blocks.append(block)
+        of_site.update({site.key: (key, block) for key, sites in mine.items() for site, _ in sites})
+    policies = tuple(spec.policy(mode) for mode in use.free)
+    return Storage(use, policies, masking, tuple(blocks), of_site, axes)
+
+
+def _block(spec: Spec, use: Use, sizes: Sizes, keys: list[Key], ragged: list[str], stack: str) -> Block:
+    """The block of a factor for one size; its name tells its stack, and the sizes of the modes that are ragged."""
+    labels = {mode: tuple(dict.fromkeys(key[i] for key in keys)) for i, mode in enumerate(use.site_modes)}
+    of_mode = dict(zip(use.free, sizes, strict=True))
+    if prod(map(len, labels.values())) == len(keys):
+        axes = tuple(Axis(m, of_mode[m]) if m in of_mode else Axis(m, len(labels[m]), labels[m]) for m in use.written)
+        keys = [tuple(key) for key in _grid([labels[m] for m in use.site_modes])]
+    else:
+        axes = (Axis("site", len(keys), tuple(keys)), *(Axis(mode, size) for mode, size in of_mode.items()))
+    name = "_".join((use.factor, *filter(None, (stack,)), *(f"{mode}{of_mode[mode]}" for mode in ragged)))
+    origin = origins(spec, use.factor)[-1]
+    rule, init = spec.factor(use.factor), spec.factor(origin).init
+    return Block(name, use.factor, rule, axes, tuple(keys), origin=origin, init=init, stack=stack)
+
+
+def _grid(labels: list[tuple[str | int, ...]]) -> list[Key]:
+    return [()] if not labels else [(first, *rest) for first in labels[0] for rest in _grid(labels[1:])]
+
+
+def _names(block: Block, use: Use, users: Mapping[Key, Users], layouts: Layouts) -> dict[Key, dict[str, float]]:
+    """What names mean in the initialiser, key by key: its own modes the sizes of axes, others what they are at its sites.
+
+    The layer is the key's.
+    """
+    own = {axis.mode: axis.size for axis in block.free_axes}
+    spoken = (block.init.power if isinstance(block.init, Spectral) else block.init).names - own.keys()
+    known: dict[frozenset[Kind], dict[str, float]] = {}
+    found = {}
+    for key in block.keys:
+        kinds = frozenset(kind for _, kind in users[key])
+        if kinds not in known:
+            known[kinds] = {
+                name: _one(name, block, [layouts[kind].names[name] for kind in kinds])
+                for name in sorted(spoken)
+                if all(name in layouts[kind].names for kind in kinds)
+            }
+        layer = {mode: float(value) for mode, value in zip(use.site_modes, key, strict=True) if mode == LAYER}
+        found[key] = {**known[kinds], **own, **layer}
+    return found
+
+
+def _one(name: str, block: Block, values: Sequence[float]) -> float:
+    if len(set(values)) > 1:
+        sizes = " and ".join(f"{value:g}" for value in sorted(set(values)))
+        message = f"`{block.init}` speaks of `{name}`, which is {sizes} at the sites that share factor `{block.name}`"
+        raise fail(f"{message}; expected one number", block.init.span)
+    return values[0]
+
+
+def _kept(masking: Masking, block: Block, sizes: Sizes, users: Mapping[Key, Users]) -> dict[Key, Kept]:
+    """What masks keep of each key of a block: by their rules, or as a checkpoint has it."""
+    if block.name in masking.saved:
+        return dict(zip(block.keys, masking.restored(block.name, block.keys, sizes, users), strict=True))
+    return {key: masking.kept(key, sizes, users[key]) for key in block.keys}
+
+
+def _packed(block: Block, kept: Mapping[Key, Kept], by_entries: bool) -> Block:
+    entries = {key: each.entries for key, each in kept.items() if each.entries is not None}
+    if by_entries:
+        whole = all(each.count == prod(axis.size for axis in block.free_axes) for each in entries.values())
+        return block if whole else replace(block, entries=entries)
+    axes = {key: each.axes for key, each in kept.items()}
+    masked = any(axis is not None for each in axes.values() for axis in each)
+    return replace(block, kept=axes) if masked else block

@@ -1,0 +1,143 @@
+"""Who uses a factor: at which sites, by which names of its modes, and which tensor serves them."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from tensorpeft.language.errors import fail
+from tensorpeft.language.spec import SITE_MODES, Spec
+from tensorpeft.language.syntax import Reference
+from tensorpeft.model.shape import Key, Site
+from tensorpeft.network.mode_sizes import Layout
+from tensorpeft.network.modes import free_modes, written_modes
+from tensorpeft.network.site_classes import Kind
+
+Sizes = tuple[int, ...]  # of the free written modes of a factor
+Layouts = Mapping[Kind, Layout]
+Placed = Sequence[tuple[Site, Kind]]
+Users = list[tuple[Site, Kind]]
+
+
+@dataclass(frozen=True)
+class Use:
+    """A factor at the sites that have it: the modes of its first reference name those of the stored tensor."""
+
+    factor: str
+    written: tuple[str, ...]
+    names: dict[Kind, tuple[str, ...]]  # the free modes of the first reference at each kind of sites
+
+    @property
+    def site_modes(self) -> tuple[str, ...]:
+        """The site modes that the factor carries, in the order of a key."""
+        return tuple(mode for mode in SITE_MODES if mode in self.written)
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The other written modes, in their order."""
+        return tuple(mode for mode in self.written if mode not in SITE_MODES)
+
+    def key(self, site: Site) -> Key:
+        """Under which label a site's numbers are stored."""
+        return tuple(getattr(site, mode) for mode in self.site_modes)
+
+    def sizes(self, kind: Kind, layouts: Layouts) -> Sizes:
+        """What a kind of sites wants of each free mode."""
+        sizes = layouts[kind].sizes
+        return tuple(sizes[mode] for mode in self.names[kind])
+
+
+def use(spec: Spec, factor: str, kinds: Iterable[Kind]) -> Use:
+    """Who uses a factor, and by which names of its modes."""
+    names = {}
+    for kind in kinds:
+        reference = _first(factor, (f for product in kind.products for f in product.factors))
+        if reference is not None:
+            names[kind] = free_modes(reference, spec.modes)
+    return Use(factor, written_modes(first_reference(spec, factor), spec.modes), names)
+
+
+def first_reference(spec: Spec, factor: str) -> Reference:
+    """Where a factor is written first: this says how it is stored."""
+    reference = _first(factor, (f for product in spec.update.products for f in product.factors))
+    assert reference is not None
+    return reference
+
+
+def _first(factor: str, references: Iterable[Reference]) -> Reference | None:
+    return next((reference for reference in references if reference.factor == factor), None)
+
+
+def users_of(spec: Spec, use: Use, placed: Placed, layouts: Layouts) -> dict[tuple[Key, Sizes], Users]:
+    """The sites that each key of each tensor of a factor serves, by the sizes of the tensor, in the order of the sites.
+
+    Raises:
+        SpecError: sizes that differ do not fit the policy of their mode.
+    """
+    wanted = {kind: use.sizes(kind, layouts) for kind in use.names}
+    refuse_ragged(spec, use, wanted.values())
+    several: dict[Key, set[Sizes]] = defaultdict(set)
+    sites = [(site, kind, use.key(site)) for site, kind in placed if kind in wanted]
+    for _, kind, key in sites:
+        several[key].add(wanted[kind])
+    serving = {key: serving_sizes(spec, use, frozenset(sizes)) for key, sizes in several.items()}
+    ordered = [(key, sizes) for key, by_wanted in serving.items() for sizes in sorted(set(by_wanted.values()))]
+    found: dict[tuple[Key, Sizes], Users] = {each: [] for each in ordered}
+    for site, kind, key in sites:
+        found[key, serving[key][wanted[kind]]].append((site, kind))
+    return found
+
+
+def serving_sizes(spec: Spec, use: Use, wanted: frozenset[Sizes]) -> dict[Sizes, Sizes]:
+    """For each of the sizes that the sites of one key want of a factor, those of the tensor that serves them.
+
+    Raises:
+        SpecError: a size is no multiple of the one that is to serve it.
+    """
+    policies = tuple(spec.policy(mode) for mode in use.free)
+    if len(wanted) == 1 or not {"slice", "group"}.intersection(policies):
+        return {sizes: sizes for sizes in wanted}
+    together: dict[Sizes, list[Sizes]] = defaultdict(list)
+    for sizes in wanted:
+        apart = tuple(size for size, policy in zip(sizes, policies, strict=True) if policy not in ("slice", "group"))
+        together[apart].append(sizes)
+    found = {}
+    for several in together.values():
+        columns = zip(policies, *several, strict=True)
+        serving = tuple(min(sizes) if policy == "group" else max(sizes) for policy, *sizes in columns)
+        for sizes in several:
+            _refuse_uneven(spec, use, policies, sizes, serving)
+            found[sizes] = serving
+    return found
+
+
+def _refuse_uneven(spec: Spec, use: Use, policies: Sequence[str], sizes: Sizes, serving: Sizes) -> None:
+    for mode, policy, size, least in zip(use.free, policies, sizes, serving, strict=True):
+        if policy == "group" and size % least:
+            message = (
+                f"mode `{mode}` of factor `{use.factor}` is `group`, but its size {size} is no multiple of {least}"
+            )
+            raise fail(f"{message}, its least", spec.factor(use.factor).span or spec.span)
+
+
+def refuse_ragged(spec: Spec, use: Use, wanted: Iterable[Sizes]) -> None:
+    """Hold what sites want of a factor to `ragged: error`.
+
+    Raises:
+        SpecError: the sizes of a mode differ, and its policy forbids that.
+    """
+    for mode, *sizes in zip(use.free, *wanted, strict=True):
+        if spec.policy(mode) == "error" and len(set(sizes)) > 1:
+            found = " and ".join(map(str, sorted(set(sizes))))
+            raise fail(
+                f"mode `{mode}` of factor `{use.factor}` is ragged, its sizes are {found}, and `ragged: error` forbids it",
+                spec.factor(use.factor).span or spec.span,
+            )
+
+
+def serving_indices(policy: str, size: int, serving: int) -> np.ndarray:  # shape: (size,)
+    """For each index of a mode the index of the axis that serves it: of groups a neighbour's, else the same."""
+    return np.arange(size) * serving // size if policy == "group" else np.arange(size)

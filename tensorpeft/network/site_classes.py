@@ -1,0 +1,71 @@
+"""What a spec says of one site: its products, and the entries of choices that fit it. Of several, the last counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tensorpeft.language.errors import fail
+from tensorpeft.language.keywords import LAYER
+from tensorpeft.language.names import in_sizes
+from tensorpeft.language.spec import STRUCTURAL_MODES, Spec
+from tensorpeft.language.syntax import Choice, Expression, Product, Selector
+from tensorpeft.model.shape import Site
+from tensorpeft.model.target import fits
+from tensorpeft.network.modes import used_modes
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """Sites of which a spec means the same: the same products, over modes of the same sizes."""
+
+    example: Site
+    products: tuple[Product, ...]
+    used: frozenset[str]  # the modes whose sizes these need
+
+
+def kinds(spec: Spec, sites: Sequence[Site]) -> list[tuple[Site, Kind]]:
+    """Each site with its kind, whatever numbers the ranks come to.
+
+    Raises:
+        SpecError: no entry of the update fits a site.
+    """
+    entries: dict[Selector, tuple[Product, ...]] = {}
+    for product in spec.update.products:
+        entries[product.at] = (*entries.get(product.at, ()), product)
+    used = {at: frozenset(used_modes(products, spec.modes)) for at, products in entries.items()}
+    choices = [value for value in (*dict(spec.ranks).values(), spec.scale) if isinstance(value, Choice)]
+    by_layer = LAYER in in_sizes(spec)
+    known: dict[tuple[object, ...], Kind] = {}
+    found = []
+    for site in sites:
+        at = last_fitting(tuple(entries), site)
+        if at is None:
+            raise fail(f"no entry of `update` fits {site}; expected one that does, such as `*`", spec.update.span)
+        with_heads = not used[at].isdisjoint(STRUCTURAL_MODES)
+        heads = (site.matrix, site.heads, site.head_side) if with_heads else ()
+        picks = (last_fitting(tuple(selector for selector, _ in choice.entries), site) for choice in choices)
+        like = (site.d_out, site.d_in, at, *heads, *picks, site.layer if by_layer else None)
+        if like not in known:
+            known[like] = Kind(site, entries[at], used[at])
+        found.append((site, known[like]))
+    return found
+
+
+def last_fitting(selectors: Sequence[Selector], site: Site) -> Selector | None:
+    """Of the selectors that fit a site, the last."""
+    return next((selector for selector in reversed(selectors) if fits(selector, site)), None)
+
+
+def chosen(expression: Expression, what: str, site: Site) -> Expression:
+    """What an expression is at a site: of a choice, the last entry that fits.
+
+    Raises:
+        SpecError: none fits.
+    """
+    if not isinstance(expression, Choice):
+        return expression
+    at = last_fitting([selector for selector, _ in expression.entries], site)
+    if at is None:
+        raise fail(f"no entry of {what} fits {site}; expected one that does, such as `*`", expression.span)
+    return next(value for selector, value in reversed(expression.entries) if selector == at)

@@ -1,0 +1,99 @@
+"""The weight of the base at a site: where it is, how the matrix lies in it, and what an update may read of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from tensorpeft.language.errors import AdapterError
+from tensorpeft.model.shape import Rows, Site
+from tensorpeft.runtime.hooks import adapters
+
+if TYPE_CHECKING:
+    from tensorpeft.runtime.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Held:
+    """A weight: the parameter ``name`` of a module, in which the matrix may lie turned, as (d_in, d_out)."""
+
+    module: nn.Module
+    name: str
+    is_turned: bool
+
+    @property
+    def parameter(self) -> Any:
+        """What the module has there: of a quantised one it may be no parameter."""
+        return getattr(self.module, self.name, None)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a tensor of plain numbers: in a replica or a functional call it is no parameter."""
+        return isinstance(self.parameter, Tensor) and self.parameter.is_floating_point()
+
+    def matrix(self, stored: Tensor) -> Tensor:  # shape: (..., d_out, d_in)
+        """The values of the weight, or others like them, as a matrix; as one for each expert where there are several."""
+        if self.is_turned:
+            return stored.mT
+        is_convolution = isinstance(self.module, _CONVOLUTIONS)
+        return stored.reshape(stored.shape[0], -1) if is_convolution else stored
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """A matrix as the module stores it."""
+        return matrix.mT if self.is_turned else matrix.reshape(self.parameter.shape)
+
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def held(module: nn.Module, site: Site) -> Held:
+    """The weight of a site, whose module is given."""
+    *inside, name = (site.parameter or "weight").split(".")
+    owner = module.get_submodule(".".join(inside))
+    return Held(owner, name, site.transposed or site.kind == "embedding" or hasattr(owner, "nf"))
+
+
+def base_weight(adapter: Adapter, module: nn.Module, site: Site) -> Tensor:  # shape: (d_out, d_in) of the site
+    """W, which an update multiplies: the rows of a site, and the values that they had before anything was merged.
+
+    Raises:
+        AdapterError: the weight is quantised.
+    """
+    found = held(module, site)
+    if not found.is_plain:
+        raise AdapterError(
+            f"adapter `{adapter.name}` multiplies by the base weight `W`, but that of `{site.path}` "
+            f"({type(module).__name__}) is no plain matrix of numbers"
+        )
+    weight = found.matrix(_before_merges(adapter, site.path, found.parameter.detach()))
+    if weight.dim() == 3:
+        weight = weight[site.expert]
+    if site.rows is None:
+        return weight
+    return _rows(weight.t(), site.rows).t()
+
+
+def product_of(module: nn.Module, site: Site, y: Tensor) -> Tensor:  # shape: (..., d_out) of the site
+    """W x of a site, from the output y of its module: its rows, in memory of their own, less the bias."""
+    bias: Any = getattr(module, "bias", None)
+    found = y if site.rows is None else _rows(y, site.rows)
+    if bias is None:
+        return found.clone()
+    return found - (bias if site.rows is None else _rows(bias, site.rows)).to(y.dtype)
+
+
+def _rows(tensor: Tensor, rows: Rows) -> Tensor:
+    """The part of the last axis that is a site's."""
+    return tensor.unflatten(-1, (-1, rows.period)).narrow(-1, rows.offset, rows.count).flatten(-2)
+
+
+def _before_merges(adapter: Adapter, path: str, weight: Tensor) -> Tensor:
+    """The values of a weight that the first merge of it replaced, if there was one."""
+    if adapter.attachment is None or torch.compiler.is_compiling():
+        return weight
+    merges = [other.merged for other in adapters(adapter.attachment.model)]
+    saved = [merged for merged in merges if merged is not None and path in merged.weights]
+    return min(saved, key=lambda merged: merged.order).weights[path] if saved else weight

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from tensorpeft.emission.chain_code import ROW, Given, StrandCode
+from tensorpeft.emission.chain_code import ROW, ChainCode, ChainInputs
 from tensorpeft.emission.contraction import Code
 from tensorpeft.emission.emit import taken
 from tensorpeft.emission.index import Index
 from tensorpeft.emission.intern import module
-from tensorpeft.emission.lowering import Strand, strands
+from tensorpeft.emission.lowering import LoweredChain, lower_chains
 from tensorpeft.emission.prologue import PrologueCode
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.model.shape import Site
 from tensorpeft.network.network import Group, Term
 from tensorpeft.planning.plan import Plan, dense_plan
-from tensorpeft.runtime import factor_cache as prologue
 from tensorpeft.runtime.base_weight import base_weight
-
-if TYPE_CHECKING:
-    from tensorpeft.runtime.adapter import Adapter
+from tensorpeft.runtime.factor_cache import stacked
+from tensorpeft.runtime.state import State
 
 
 class GroupCode:
@@ -33,17 +30,17 @@ class GroupCode:
     def __init__(self, planned: Plan, group: Group) -> None:
         self.group = group
         dense = Plan(planned.network, planned.regime, (dense_plan(group),), ())
-        cut = strands(dense.groups[0], 1, {})
-        self.codes = [_code(strand) for strand in cut]
+        cut = lower_chains(dense.groups[0], 1, {})
+        self.codes = [_code(chain) for chain in cut]
         self.takes = [[node.name for node in made.graph.nodes if node.op == "placeholder"] for made in self.codes]
         code, bundles = PrologueCode(dense), dense.groups[0].bundles
-        # of each product's pieces the stack, and for each site its row; None stands for the base weight
+        # of each product's arguments the stack, and for each site its row; None stands for the base weight
         self.stacks = [
             [
-                None if p.is_base else code.stack([code.part(group, term, strand.met[0].link, p, bundles)])
-                for p in strand.met[0].pieces
+                None if p.is_base else code.stack([code.part(group, term, chain.stages[0].link, p, bundles)])
+                for p in chain.stages[0].arguments
             ]
-            for term, strand in zip(group.terms, cut, strict=True)
+            for term, chain in zip(group.terms, cut, strict=True)
         ]
         self.prologue = code.finish()
         self.inputs = tuple(code.inputs)
@@ -64,16 +61,17 @@ class GroupUpdates:
     ``value`` gives the tensors of blocks, by their names.
     """
 
-    def __init__(self, adapter: Adapter, code: GroupCode, task: int | None, value: Callable[[str], Tensor]) -> None:
-        self.adapter, self.code, self.task = adapter, code, task
+    def __init__(self, state: State, code: GroupCode, task: int | None, value: Callable[[str], Tensor]) -> None:
+        self.state, self.code, self.task = state, code, task
         factors = tuple(value(name) for name in code.inputs)
         device, over = factors[0].device, (None,) * len(factors)
         indices = tuple(index.on(device) for index in code.indices)
-        self.rows = prologue.recorded(code.prologue, factors[0].dtype, device, factors, over, indices).rows
+        stacks = stacked(code.prologue, factors[0].dtype, device, factors, over, indices)
+        self.rows = [stack.unbind() for stack in stacks]
 
     def at(self, number: int) -> Tensor:  # shape: (d_out, d_in)
         """The update of a site."""
-        like = self.adapter.factors[self.adapter.network.blocks[0].name]
+        like = self.state.factors[self.state.network.blocks[0].name]
         total = None
         for place in range(len(self.code.codes)):
             update = self._product(place, number, like).to(like.dtype)
@@ -97,14 +95,13 @@ class GroupUpdates:
         return update.new_zeros(site.d_out, site.d_in).index_put((rows[:, None], columns), update)
 
     def _weight(self, site: Site, like: Tensor) -> Tensor:
-        attachment = self.adapter.attachment
-        if attachment is None:
-            raise AdapterError(f"adapter `{self.adapter.name}` is not attached to a model, so there is no `W`")
-        return base_weight(self.adapter, attachment.model.get_submodule(site.module), site).to(like)
+        if self.state.model is None:
+            raise AdapterError(f"adapter `{self.state.name}` is not attached to a model, so there is no `W`")
+        return base_weight(self.state, self.state.model.get_submodule(site.module), site).to(like)
 
 
-def _code(strand: Strand) -> fx.GraphModule:
-    """From the pieces of a strand of one link to its update (d_out, d_in)."""
+def _code(chain: LoweredChain) -> fx.GraphModule:
+    """From the arguments of a chain of one link to its update (d_out, d_in)."""
     code = Code()
     nodes: dict[str, fx.Node] = {}
 
@@ -113,14 +110,14 @@ def _code(strand: Strand) -> fx.GraphModule:
             nodes[name] = code.placeholder(name)
         return nodes[name]
 
-    given = Given(lambda n: take(f"p{n}"), take, ids=take("ids") if strand.by_task else None)
-    emitted = StrandCode(code, strand, given)
+    given = ChainInputs(lambda n: take(f"p{n}"), take, ids=take("ids") if chain.by_task else None)
+    emitted = ChainCode(code, chain, given)
     emitted.use()
     tensor = emitted.tensor(0)
-    groups = (*(((ROW,),) if strand.by_task else ()), strand.d_out, strand.d_in)
+    groups = (*(((ROW,),) if chain.by_task else ()), chain.d_out, chain.d_in)
     node = code.grouped(tensor, groups)
-    node = code.call("squeeze", node, 0) if strand.by_task else node
-    code.graph.output(node if strand.alpha == 1 else code.call(torch.mul, node, strand.alpha))
+    node = code.call("squeeze", node, 0) if chain.by_task else node
+    code.graph.output(node if chain.alpha == 1 else code.call(torch.mul, node, chain.alpha))
     return module(code.graph, "Update")
 
 

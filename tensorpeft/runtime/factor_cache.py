@@ -6,200 +6,180 @@ every module (``FlopCounterMode``'s, say) have nothing to find in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd import Variable
-from torch.utils import checkpoint
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from tensorpeft.language.errors import AdapterError
+from tensorpeft.runtime.factors import Factors
+from tensorpeft.runtime.gradients import Gradients, token_of
+from tensorpeft.runtime.program_cache import Program
+from tensorpeft.runtime.torch_internals import outputs_are_kept, without_dispatch_modes
 
-Norms = tuple[Tensor | None, ...]  # what each factor is divided by
+Norms = Callable[
+    [], dict[str, Tensor]
+]  # of factors that are divided by something: by what, by the names of their blocks
+Divisors = tuple[Tensor | None, ...]  # the same, for each factor that the prologue takes
 
 
 @dataclass(frozen=True, eq=False)
-class Stacks:
-    """What the prologue made of the factors: of each stack its rows.
+class Prepared:
+    """What the prologue made of the factors: for each input set what its code is given, by name.
 
     In training ``token`` stands for the factors: what uses a row takes it as an input, and leaves the row's gradient in
     ``gradients`` instead of returning it. Otherwise the rows carry their gradients themselves, or there are none.
     """
 
-    rows: tuple[tuple[Tensor, ...], ...]
+    given: list[dict[str, Any]]
     token: Tensor | None = None
     gradients: Gradients | None = None
 
 
-def run(
-    code: fx.GraphModule,
-    dtype: torch.dtype,
-    device: torch.device,
-    factors: tuple[Tensor, ...],
-    norms: Callable[[], Norms],
-    indices: tuple[Tensor, ...],
-) -> Stacks:
-    """The prologue's results for the factors as they are."""
-    if is_traced() or not torch.is_grad_enabled():
-        return recorded(code, dtype, device, factors, norms(), indices)
-    with torch.no_grad(), _disable_current_modes() if outputs_are_kept() else nullcontext():
-        over = norms()
-        stacks = stacked(code, dtype, device, factors, over, indices)
-    gradients = Gradients(stacks, factors)
-    token = _Token.apply((code, dtype, device, over, indices), gradients, *factors)
-    return Stacks(_rows(stacks), token, gradients)
+@dataclass(eq=False)
+class _Made:
+    """Results, and what tells whether they are those of the factors as they are."""
+
+    prepared: Prepared
+    guards: list[tuple[dict[str, Any], str, Tensor, int]]  # where each factor is, and what was found there
+    pointers: list[int]
+    captured: bool
+    held: list[Tensor] = field(repr=False)  # so that no other numbers come to lie in the same place
+
+
+class FactorCache:
+    """The results of a program's prologue. The model's forward starts by forgetting them.
+
+    Within that, the versions of the factors guard them. A module that is called by itself, and checkpointing, which runs parts of
+    the forward again during the backward pass and must meet the same tensors, also look at where the numbers lie. What is
+    written through ``.data`` into the same place no one can see: after that, ``Adapter.refresh`` is to be called.
+    """
+
+    def __init__(self, program: Program, factors: Factors, norms: Norms) -> None:
+        self.program, self.factors, self.norms = program, factors, norms
+        self._places = [(factors.holder(name), name) for name in program.code.inputs]
+        self.thread = 0  # of which a forward of the model is on
+        self.distributed = False  # whether that is part of one of DistributedDataParallel
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop the results."""
+        self._made: dict[tuple[torch.dtype, torch.device, bool, bool], _Made] = {}
+
+    def prepared(self, y: Tensor, grad: bool) -> Prepared:
+        """The results for a dtype and a device, with gradients or without.
+
+        Raises:
+            AdapterError: a factor that the spec freezes is to have a gradient, or the factors have no values.
+        """
+        key = y.dtype, y.device, grad, torch.is_inference_mode_enabled()
+        try:
+            made = self._made[key]
+        except KeyError:
+            return self._make(key)
+        for holder, name, factor, version in made.guards:
+            if holder[name] is not factor or (version >= 0 and factor._version != version):
+                return self._make(key)
+        if self.thread == get_ident() and not y.is_cuda:
+            return made.prepared
+        same = made.pointers == [guard[2].data_ptr() for guard in made.guards] and made.captured == _is_captured()
+        return made.prepared if same else self._make(key)
+
+    def _make(self, key: tuple[torch.dtype, torch.device, bool, bool]) -> Prepared:
+        dtype, device, grad, _ = key
+        factors = tuple(holder[name] for holder, name in self._places)
+        self.factors.refuse_thawed(self.program.code.inputs)
+        refuse_empty(factors, device)
+        prepared = (
+            self._run(dtype, device, factors) if grad else recorded(self.program, dtype, device, factors, self.norms)
+        )
+        versions = [-1 if factor.is_inference() else factor._version for factor in factors]
+        guards = [
+            (*place, factor, version) for place, factor, version in zip(self._places, factors, versions, strict=True)
+        ]
+        pointers = [factor.data_ptr() for factor in factors]
+        captured = _is_captured()
+        self._made[key] = _Made(prepared, guards, pointers, captured, [factor.detach() for factor in factors])
+        return prepared
+
+    def _run(self, dtype: torch.dtype, device: torch.device, factors: tuple[Tensor, ...]) -> Prepared:
+        """The results by hand: autograd sees nothing but the token."""
+        program = self.program
+        with torch.no_grad(), without_dispatch_modes() if outputs_are_kept() else nullcontext():
+            over, indices = divisors(program, self.norms), program.indices(factors[0].device)[0]
+            stacks = stacked(program.code.prologue, dtype, device, factors, over, indices)
+        gradients = Gradients(stacks, factors, distributed=self.distributed)
+
+        def again(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return stacked(program.code.prologue, dtype, device, leaves, over, indices)
+
+        return Prepared(_given(program, stacks, device), token_of(gradients, again, *factors), gradients)
+
+
+def refuse_empty(factors: tuple[Tensor, ...], device: torch.device) -> None:
+    """Factors on the meta device have nothing to compute with.
+
+    Raises:
+        AdapterError: they are there, and the input is not.
+    """
+    if factors[0].is_meta and device.type != "meta":
+        raise AdapterError(
+            "the adapter's factors are on the meta device and have no values; "
+            "attach it when the model's weights are loaded, and to a model that is not offloaded"
+        )
+
+
+def _is_captured() -> bool:
+    """Whether what is done now is recorded into a CUDA graph, whose replay fills memory of its own."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def recorded(
+    program: Program, dtype: torch.dtype, device: torch.device, factors: tuple[Tensor, ...], norms: Norms
+) -> Prepared:
+    """The results by autograd's own record, where there is one."""
+    over, indices = divisors(program, norms), program.indices(factors[0].device)[0]
+    stacks = stacked(program.code.prologue, dtype, device, factors, over, indices)
+    return Prepared(_given(program, stacks, device))
+
+
+def divisors(program: Program, norms: Norms) -> Divisors:
+    """What each block that the prologue takes is divided by."""
+    found = norms()
+    return tuple([found.get(name) for name in program.code.inputs])
+
+
+def stacked(
     code: fx.GraphModule,
     dtype: torch.dtype,
     device: torch.device,
     factors: tuple[Tensor, ...],
-    norms: Norms,
+    norms: Divisors,
     indices: tuple[Tensor, ...],
-) -> Stacks:
-    """The same, by autograd's own record where there is one."""
-    return Stacks(_rows(stacked(code, dtype, device, factors, norms, indices)))
-
-
-def is_traced() -> bool:
-    """Whether a compiler or a transform of torch.func follows what is done; then autograd's own formulas are used."""
-    followed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return followed or torch._C._get_tracing_state() is not None
-
-
-def outputs_are_kept() -> bool:
-    """Whether selective checkpointing looks on: it keeps outputs of some kernels, and hands them out again in their order.
-
-    What it keeps must stay as it is, and what is done once for several segments is none of its business.
-    """
-    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
-    return any(type(mode).__module__ == checkpoint.__name__ for mode in modes)
-
-
-def refuse_unusual(gradients: Iterable[Tensor]) -> None:
-    """To be called in a backward pass with what it is given, of which someone may want what its in-place steps cannot give.
-
-    Raises:
-        AdapterError: a backward pass of it (``once_differentiable`` refuses later, and not where a gradient is zero so far), or
-            several passes at once.
-    """
-    if any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients):
-        raise AdapterError(
-            "an adapter takes one gradient at a time, found `is_grads_batched=True`; `torch.func.jacrev` can"
-        )
-    if torch.is_grad_enabled():
-        raise AdapterError(
-            "an adapter's gradients cannot be differentiated again, found `create_graph=True`; `torch.func.grad` inside "
-            "another can, as it follows every step"
-        )
-
-
-def stacked(
-    code: Any, dtype: torch.dtype, device: torch.device, factors: Any, norms: Norms, indices: Any
 ) -> tuple[Tensor, ...]:
     """The stacks as they are, (rows, ...) each."""
     kind = factors[0].device.type
-    factors = [factor if over is None else factor / over for factor, over in zip(factors, norms, strict=True)]
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-        return tuple(stack.to(device) for stack in code.forward(dtype, *factors, *indices))
+    divided = [factor if over is None else factor / over for factor, over in zip(factors, norms, strict=True)]
+    if torch.is_autocast_enabled(kind):  # it would round what the factors' own dtype is to be
+        with torch.autocast(kind, enabled=False):
+            found = code.forward(dtype, *divided, *indices)
+    else:
+        found = code.forward(dtype, *divided, *indices)
+    return found if factors[0].device == device else tuple([stack.to(device) for stack in found])
 
 
-def _rows(stacks: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
-    return tuple(stack.unbind() for stack in stacks)
-
-
-class Gradients:
-    """Where a backward pass leaves the gradients of stacks, added up in place.
-
-    A pass is one run of autograd's engine, which has a number: neither a second backward through the same graph, nor one within
-    another (reentrant checkpointing), nor one that never got to the factors leaves anything to the next.
-    """
-
-    def __init__(self, stacks: tuple[Tensor, ...], factors: tuple[Tensor, ...]) -> None:
-        self._factors, self._versions = factors, [factor._version for factor in factors]
-        self._shapes = [(stack.shape, stack.dtype, stack.device) for stack in stacks]
-        self._sums: dict[int, dict[int, tuple[Tensor, tuple[Tensor, ...]]]] = {}
-        self._parts: dict[int, dict[tuple[int, int], Tensor]] = {}
-
-    def check(self) -> None:
-        """Stacks may be views of factors, so these must be as they were."""
-        if [factor._version for factor in self._factors] != self._versions:
-            raise RuntimeError(
-                "a factor of the adapter was changed in place between the forward pass and its backward pass"
-            )
-
-    def row(self, stack: int, row: int) -> Tensor:
-        """The gradient of a row so far, to add to."""
-        sums = self._sums.setdefault(self._pass(), {})
-        if stack not in sums:
-            shape, dtype, device = self._shapes[stack]
-            zeros = torch.zeros(shape, dtype=dtype, device=device)
-            sums[stack] = zeros, zeros.unbind()
-        return sums[stack][1][row]
-
-    def put(self, stack: int, row: int, part: Tensor) -> None:
-        """Add to the gradient of a row."""
-        parts = self._parts.setdefault(self._pass(), {})
-        parts[stack, row] = parts[stack, row].add_(part) if (stack, row) in parts else part
-
-    def take(self) -> dict[int, Tensor]:
-        """The gradients of the stacks that have one, in this pass."""
-        number = self._pass()
-        sums = {stack: zeros for stack, (zeros, _) in self._sums.pop(number, {}).items()}
-        parts = self._parts.pop(number, {})
-        for stack in {stack for stack, _ in parts}:
-            shape, dtype, device = self._shapes[stack]
-            none = (
-                torch.zeros(shape[1:], dtype=dtype, device=device)
-                if shape[0] > sum(s == stack for s, _ in parts)
-                else None
-            )
-            found = torch.stack([parts.get((stack, row), none) for row in range(shape[0])])  # type: ignore[misc]
-            sums[stack] = sums[stack].add_(found) if stack in sums else found
-        return sums
-
-    def _pass(self) -> int:
-        number = torch._C._current_graph_task_id()
-        if number not in self._sums and number not in self._parts:
-            self._sums[number], self._parts[number] = {}, {}
-            Variable._execution_engine.queue_callback(lambda: self._forget(number))
-        return number
-
-    def _forget(self, number: int) -> None:
-        self._sums.pop(number, None)
-        self._parts.pop(number, None)
-
-
-class _Token(torch.autograd.Function):
-    """Stands for the factors in autograd's graph: when all that used them has left its gradients, they get theirs.
-
-    Nothing is saved for that but the factors themselves: the prologue runs again, recorded.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, prologue: tuple[Any, ...], gradients: Gradients, *factors: Tensor) -> Tensor:
-        ctx.prologue, ctx.gradients, ctx.factors = prologue, gradients, factors
-        ctx.set_materialize_grads(False)
-        return factors[0].new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.gradients.check()
-        found = ctx.gradients.take()
-        wanted = ctx.needs_input_grad[2:]
-        leaves = [factor.detach().requires_grad_(want) for factor, want in zip(ctx.factors, wanted, strict=True)]
-        code, dtype, device, norms, indices = ctx.prologue
-        with torch.enable_grad():
-            stacks = stacked(code, dtype, device, leaves, norms, indices)
-        reached = [(stacks[number], gradient) for number, gradient in found.items() if stacks[number].requires_grad]
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
-        if not reached:
-            return (None, None, *(None for _ in wanted))
-        sources, gradients = zip(*reached, strict=True)
-        each = iter(torch.autograd.grad(sources, trained, gradients, allow_unused=True))
-        return (None, None, *(next(each) if want else None for want in wanted))
+def _given(program: Program, stacks: tuple[Tensor, ...], device: torch.device) -> list[dict[str, Any]]:
+    """For each input set the tensors that its code is given: rows of the stacks, and constant indices."""
+    rows = [stack.unbind() for stack in stacks]
+    constants = program.indices(device)[1]
+    found = []
+    for call, given in zip(program.sets, constants, strict=True):
+        mine: dict[str, Any] = {**given}
+        for name, (stack, row) in call.named_arguments:
+            mine[name] = rows[stack][row]
+        found.append(mine)
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,10 @@ class Factors(nn.Module):
         tensor = getattr(self, name)
         assert isinstance(tensor, Tensor)
         return tensor
+
+    def holder(self, name: str) -> dict[str, Any]:
+        """Where torch keeps the tensor of a block: to look there takes no call."""
+        return self._parameters if name in self._parameters else self._buffers
 
     def tensors(self) -> list[Tensor]:
         """All of them, trained and frozen."""

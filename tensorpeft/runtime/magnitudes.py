@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,19 +17,17 @@ from tensorpeft.network.network import Group, Operand
 from tensorpeft.runtime.base_weight import base_weight
 from tensorpeft.runtime.dense import GroupCode, GroupUpdates
 from tensorpeft.runtime.factors import key_views
-
-if TYPE_CHECKING:
-    from tensorpeft.runtime.adapter import Adapter
+from tensorpeft.runtime.state import State
 
 
 class Magnitudes:
     """The magnitudes of an adapter, and the code for the matrices of which they are the norms."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-        self.blocks = [block for block in adapter.network.blocks if block.rule.norm]
-        groups = adapter.network.groups if self.blocks else ()
-        self._codes = [GroupCode(adapter.plan, group) for group in groups if _magnitudes(group)]
+    def __init__(self, state: State) -> None:
+        self.state = state
+        self.blocks = [block for block in state.network.blocks if block.rule.norm]
+        groups = state.network.groups if self.blocks else ()
+        self._codes = [GroupCode(state.plan, group) for group in groups if _magnitudes(group)]
 
     def place(self, device: torch.device) -> None:
         """Put constants on a device."""
@@ -40,9 +37,9 @@ class Magnitudes:
     @torch.no_grad()
     def norms(self) -> dict[str, Tensor]:
         """What the magnitudes are divided by, of their shapes, by the names of their blocks; ones while there are no weights."""
-        factors = self.adapter.factors
+        factors = self.state.factors
         found = {block.name: torch.ones_like(factors[block.name]) for block in self.blocks}
-        if not found or self.adapter.attachment is None or any(over.is_meta for over in found.values()):
+        if not found or self.state.model is None or any(over.is_meta for over in found.values()):
             return found
         ones = {name: over.clone() for name, over in found.items()}
         views = {b.name: dict(zip(b.keys, key_views(found[b.name], b), strict=True)) for b in self.blocks}
@@ -50,7 +47,7 @@ class Magnitudes:
         with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
             for code in self._codes:
                 updates = GroupUpdates(
-                    self.adapter, code, None, lambda name: ones[name] if name in ones else factors[name]
+                    self.state, code, None, lambda name: ones[name] if name in ones else factors[name]
                 )
                 for number, site in enumerate(code.group.sites):
                     change = updates.at(number)
@@ -61,19 +58,19 @@ class Magnitudes:
         return found
 
     def _weight(self, site: Site) -> Tensor:  # shape: (d_out, d_in)
-        assert self.adapter.attachment is not None
-        return base_weight(self.adapter, self.adapter.attachment.model.get_submodule(site.module), site)
+        assert self.state.model is not None
+        return base_weight(self.state, self.state.model.get_submodule(site.module), site)
 
     def over_norms(self) -> Callable[[str], Tensor]:
         """The tensors of blocks as they stand in products: magnitudes over the norms, as these are now."""
-        found, factors = self.norms(), self.adapter.factors
+        found, factors = self.norms(), self.state.factors
         return lambda name: factors[name] / found[name] if name in found else factors[name]
 
     @torch.no_grad()
     def fill(self) -> None:
         """Set every magnitude to the norms at the start, so that its quotient is one."""
         for name, over in self.norms().items():
-            self.adapter.factors[name].copy_(over)
+            self.state.factors[name].copy_(over)
 
 
 def _magnitudes(group: Group) -> list[Operand]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,8 @@ from tensorpeft.network.network import Group
 from tensorpeft.planning.plan import GroupPlan
 from tensorpeft.planning.weight_sites import some_sites
 from tensorpeft.runtime.base_weight import base_weight
+from tensorpeft.runtime.state import State
 from tensorpeft.runtime.weight_sites import ApartCode, Built
-
-if TYPE_CHECKING:
-    from tensorpeft.runtime.adapter import Adapter
 
 _CONVOLVE = (functional.conv1d, functional.conv2d, functional.conv3d)
 
@@ -27,11 +25,11 @@ _CONVOLVE = (functional.conv1d, functional.conv2d, functional.conv3d)
 class PairUpdate:
     """The update at one site."""
 
-    def __init__(self, adapter: Adapter, planned: GroupPlan, number: int) -> None:
-        self.adapter = adapter
+    def __init__(self, state: State, planned: GroupPlan, number: int) -> None:
+        self.state = state
         group: Group = some_sites(planned.group, (number,))
         orders = (tuple(link.operands for link in each.links) for each in planned.chains)
-        self.code = ApartCode(adapter.plan, group, orders)
+        self.code = ApartCode(state.plan, group, orders)
         self.site = group.sites[0]
         self._indices = [
             tuple(None if some is None else Index.of(some) for some in (term.columns, term.rows))
@@ -45,9 +43,9 @@ class PairUpdate:
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The output of the module for its input, with the update added."""
-        factors = {name: self.adapter.factors[name] for name in self.code.inputs if name != BASE_WEIGHT}
+        factors = {name: self.state.factors[name] for name in self.code.inputs if name != BASE_WEIGHT}
         if self.code.has_base:
-            weight = base_weight(self.adapter, module, self.site).to(next(iter(factors.values())))
+            weight = base_weight(self.state, module, self.site).to(next(iter(factors.values())))
             factors[BASE_WEIGHT] = weight.unsqueeze(0)
         for built, (columns, rows) in zip(self.code(factors, y.dtype), self._indices, strict=True):
             y = self._added(module, built, columns, rows, x, y)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -19,18 +18,16 @@ from tensorpeft.network.network import Group, Term
 from tensorpeft.planning.orders import Order
 from tensorpeft.planning.weight_sites import some_sites
 from tensorpeft.runtime.base_weight import base_weight
+from tensorpeft.runtime.state import State
 from tensorpeft.runtime.weight_sites import ApartCode
-
-if TYPE_CHECKING:
-    from tensorpeft.runtime.adapter import Adapter
 
 
 class WholeUpdate:
     """The update of one weight of a kind other than linear, by the sites that lie in it."""
 
-    def __init__(self, adapter: Adapter, path: str) -> None:
-        self.adapter = adapter
-        self.codes = [_code(adapter, group, numbers) for group, numbers in _parts(adapter, path)]
+    def __init__(self, state: State, path: str) -> None:
+        self.state = state
+        self.codes = [_code(state, group, numbers) for group, numbers in _parts(state, path)]
         sites = [site for code in self.codes for site in code.group.sites]
         self.site: Site = sites[0]
         experts = [1 + site.expert for site in sites if site.expert is not None]
@@ -59,12 +56,12 @@ class WholeUpdate:
 
     def _products(self, code: ApartCode, spreads: list[tuple[_Spread, ...]], module: nn.Module | None) -> list[Tensor]:
         """Each product at the sites of one group, zero where it has no sites."""
-        factors = {name: self.adapter.factors[name] for name in code.inputs if name != BASE_WEIGHT}
+        factors = {name: self.state.factors[name] for name in code.inputs if name != BASE_WEIGHT}
         like = next(iter(factors.values()))
         if code.has_base:
             if module is None:
-                raise AdapterError(f"adapter `{self.adapter.name}` is not attached to a model, so there is no `W`")
-            base = [base_weight(self.adapter, module, site) for site in code.group.sites]
+                raise AdapterError(f"adapter `{self.state.name}` is not attached to a model, so there is no `W`")
+            base = [base_weight(self.state, module, site) for site in code.group.sites]
             factors[BASE_WEIGHT] = torch.stack(base).to(like)
         found = []
         for built, each in zip(code(factors, like.dtype), spreads, strict=True):
@@ -75,10 +72,10 @@ class WholeUpdate:
         return found
 
 
-def _parts(adapter: Adapter, path: str) -> list[tuple[Group, tuple[int, ...]]]:
+def _parts(state: State, path: str) -> list[tuple[Group, tuple[int, ...]]]:
     """The sites of a weight: of each group, and of each part of a fused weight, those of its experts."""
     found = []
-    for group in adapter.network.groups:
+    for group in state.network.groups:
         by_rows: dict[Rows | None, list[int]] = defaultdict(list)
         for number, site in enumerate(group.sites):
             if site.path == path:
@@ -87,8 +84,8 @@ def _parts(adapter: Adapter, path: str) -> list[tuple[Group, tuple[int, ...]]]:
     return found
 
 
-def _code(adapter: Adapter, group: Group, numbers: tuple[int, ...]) -> ApartCode:
-    return ApartCode(adapter.plan, some_sites(group, numbers), (_everything(term) for term in group.terms))
+def _code(state: State, group: Group, numbers: tuple[int, ...]) -> ApartCode:
+    return ApartCode(state.plan, some_sites(group, numbers), (_everything(term) for term in group.terms))
 
 
 def _everything(term: Term) -> Order:

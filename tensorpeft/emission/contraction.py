@@ -30,7 +30,7 @@ Modes = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedTensor:
     """A tensor of emitted code. Its axes lie in memory in their order; each is one mode or several, the first the slowest.
 
     Behind an axis of ``gaps`` memory jumps, so that it cannot be merged with the next one without a copy.
@@ -60,24 +60,24 @@ class _Roles:
     summed: Modes
 
 
-class Sizes(dict[str, "int | fx.Node"]):
-    """The sizes of modes; it remembers which of a strand's were asked for."""
+class ModeSizes(dict[str, "int | fx.Node"]):
+    """The sizes of modes; it remembers which of a chain's were asked for."""
 
     def __init__(self, known: Mapping[str, int | fx.Node]) -> None:
         super().__init__(known)
-        self.read: dict[tuple[int, str], int] = {}  # by the number of the strand
-        self._of_strand: dict[str, int] = {}
+        self.read: dict[tuple[int, str], int] = {}  # by the number of the chain
+        self._of_chain: dict[str, int] = {}
 
     def use(self, number: int, sizes: Iterable[tuple[str, int]]) -> None:
-        """Let modes have a strand's sizes."""
+        """Let modes have a chain's sizes."""
         for mode, size in sizes:
             self[mode] = size
-            self._of_strand[mode] = number
+            self._of_chain[mode] = number
 
     def __getitem__(self, mode: str) -> int | fx.Node:
         size = super().__getitem__(mode)
-        if mode in self._of_strand and isinstance(size, int):
-            self.read[self._of_strand[mode], mode] = size
+        if mode in self._of_chain and isinstance(size, int):
+            self.read[self._of_chain[mode], mode] = size
         return size
 
 
@@ -86,7 +86,7 @@ class Code:
 
     def __init__(self, sizes: Mapping[str, int | fx.Node] | None = None) -> None:
         self.graph = fx.Graph()
-        self.sizes = Sizes(sizes or {})
+        self.sizes = ModeSizes(sizes or {})
         self.tokens: tuple[fx.Node, int] | None = None  # a tensor, and its axis that tells how many there are
         self._views: dict[tuple[object, ...], fx.Node] = {}
 
@@ -110,19 +110,19 @@ class Code:
 
     # Views
 
-    def view(self, tensor: Named, groups: Sequence[Modes]) -> fx.Node | None:
+    def view(self, tensor: NamedTensor, groups: Sequence[Modes]) -> fx.Node | None:
         """The tensor with these axes, as a view; None where that takes a copy."""
         groups = tuple(groups)
         if groups == tensor.axes:
             return tensor.node
-        at = [self._run(tensor, group) for group in groups]
+        at = [self._start(tensor, group) for group in groups]
         if None in at:
             return None
         order = sorted(range(len(groups)), key=lambda n: at[n] or 0)
         node = self._split(tensor, tuple(groups[n] for n in order))
         return self._permute(node, [order.index(n) for n in range(len(groups))])
 
-    def grouped(self, tensor: Named, groups: Sequence[Modes]) -> fx.Node:
+    def grouped(self, tensor: NamedTensor, groups: Sequence[Modes]) -> fx.Node:
         """The tensor with these axes; a copy where they do not lie in memory like this."""
         groups = tuple(groups)
         found = self.view(tensor, groups)
@@ -133,10 +133,10 @@ class Code:
         node = self._permute(self._split(tensor, single), [tensor.modes.index(mode) for mode in wanted])
         return self.once("reshape", node, self._shape(groups))
 
-    def regrouped(self, tensor: Named, groups: Sequence[Modes]) -> Named:
+    def regrouped(self, tensor: NamedTensor, groups: Sequence[Modes]) -> NamedTensor:
         """The same, and where memory jumps in it: behind every axis, if it is a view in another order."""
         groups = tuple(groups)
-        at = [self._run(tensor, group) for group in groups]
+        at = [self._start(tensor, group) for group in groups]
         ends = [tensor.modes.index(group[-1]) + 1 for group in groups]
         if None in at:
             gaps: Iterable[int] = ()
@@ -144,27 +144,27 @@ class Code:
             gaps = (n for n, end in enumerate(ends) if end in tensor.cuts)
         else:
             gaps = range(len(groups) - 1)
-        return Named(self.grouped(tensor, groups), groups, frozenset(gaps))
+        return NamedTensor(self.grouped(tensor, groups), groups, frozenset(gaps))
 
-    def arranged(self, a: Named, b: Named, keep: Iterable[str], *, each_site: bool = False) -> Named:
+    def arranged(self, a: NamedTensor, b: NamedTensor, keep: Iterable[str], *, each_site: bool = False) -> NamedTensor:
         """The tensor ``a``, copied if it does not lie in memory like its product with ``b`` wants it (at each site by itself)."""
         x, y = (one_site(a), one_site(b)) if each_site else (a, b)
         roles = self._roles(x, y, frozenset(keep))
         groups = tuple(group for group in (roles.batch, roles.left, roles.summed) if group)
-        if not roles.summed or self._by_sum(x, roles) or all(self._run(x, group) is not None for group in groups):
+        if not roles.summed or self._by_sum(x, roles) or all(self._start(x, group) is not None for group in groups):
             return a
         if each_site and SITE in a.modes:
             groups = ((SITE,), *groups)
         return self.regrouped(a, groups)
 
-    def _run(self, tensor: Named, group: Modes) -> int | None:
+    def _start(self, tensor: NamedTensor, group: Modes) -> int | None:
         """Where a group of modes lies in memory, if its modes lie there one after the other."""
         start = tensor.modes.index(group[0])
         inside = range(start + 1, start + len(group))
         together = tensor.modes[start : start + len(group)] == group and not tensor.cuts.intersection(inside)
         return start if together else None
 
-    def _split(self, tensor: Named, axes: tuple[Modes, ...]) -> fx.Node:
+    def _split(self, tensor: NamedTensor, axes: tuple[Modes, ...]) -> fx.Node:
         return tensor.node if axes == tensor.axes else self.once("view", tensor.node, self._shape(axes))
 
     def _permute(self, node: fx.Node, order: list[int]) -> fx.Node:
@@ -195,7 +195,7 @@ class Code:
 
     # Contractions
 
-    def contract(self, a: Named, b: Named, keep: Iterable[str], alpha: float = 1) -> Named:
+    def contract(self, a: NamedTensor, b: NamedTensor, keep: Iterable[str], alpha: float = 1) -> NamedTensor:
         """``alpha`` times the product of two tensors, summed over the modes that are not kept."""
         roles = self._roles(a, b, frozenset(keep))
         if not roles.summed or self._by_sum(a, roles):
@@ -208,24 +208,26 @@ class Code:
         groups = (*((roles.batch,) if roles.batch else ()), roles.left, roles.right)
         for n in reversed([n for n, group in enumerate(groups) if not group]):
             node = self.call("squeeze", node, n)
-        return Named(node, tuple(group for group in groups if group))
+        return NamedTensor(node, tuple(group for group in groups if group))
 
-    def add(self, into: Named, a: Named, b: Named, alpha: float = 1) -> bool:
+    def add(self, into: NamedTensor, a: NamedTensor, b: NamedTensor, alpha: float = 1) -> bool:
         """Add ``alpha`` times a product to ``into``, in its memory, in one kernel; False, and nothing done, if none can."""
         return self._into(into, a, b, alpha, keep=True)
 
-    def accumulate(self, into: Named, a: Named, b: Named, alpha: float = 1, *, keep: bool = True) -> None:
+    def accumulate(
+        self, into: NamedTensor, a: NamedTensor, b: NamedTensor, alpha: float = 1, *, keep: bool = True
+    ) -> None:
         """``add`` in two kernels where one cannot. Without ``keep`` what ``into`` held before is lost."""
         if not self._into(into, a, b, alpha, keep=keep):
             self.put(into, self.contract(a, b, into.modes, alpha), keep=keep)
 
-    def put(self, into: Named, found: Named, *, keep: bool = True) -> None:
+    def put(self, into: NamedTensor, found: NamedTensor, *, keep: bool = True) -> None:
         """Add a tensor to another one, in the memory of that one, or overwrite it."""
         target = self.view(into, found.axes)
         source = found.node if target is not None else self.grouped(found, into.axes)
         self.call("add_" if keep else "copy_", into.node if target is None else target, source)
 
-    def _into(self, into: Named, a: Named, b: Named, alpha: float, *, keep: bool) -> bool:
+    def _into(self, into: NamedTensor, a: NamedTensor, b: NamedTensor, alpha: float, *, keep: bool) -> bool:
         roles = self._roles(a, b, frozenset(into.modes))
         if not roles.summed:
             segments = self._segments(a, b, self._order(a, roles))
@@ -251,7 +253,7 @@ class Code:
             self.call(function, target, x, y, beta=0, alpha=alpha, out=target)
         return True
 
-    def _roles(self, a: Named, b: Named, keep: frozenset[str]) -> _Roles:
+    def _roles(self, a: NamedTensor, b: NamedTensor, keep: frozenset[str]) -> _Roles:
         """The modes of each role, in a's order unless b's saves a copy."""
         left, right = (tuple(m for m in one.modes if m not in other.modes) for one, other in ((a, b), (b, a)))
         both = {*a.modes}.intersection(b.modes)
@@ -263,33 +265,33 @@ class Code:
             found.append(_Roles(batch, left, right, summed))
         return min(found, key=lambda roles: self._copies(a, b, roles))
 
-    def _copies(self, a: Named, b: Named, roles: _Roles) -> int:
+    def _copies(self, a: NamedTensor, b: NamedTensor, roles: _Roles) -> int:
         """How many copies a contraction takes; those of activations, which are larger, count twice."""
         needed = ((a, (roles.batch, roles.left, roles.summed)), (b, (roles.batch, roles.summed, roles.right)))
         return sum(
             1 + (TOKEN in tensor.modes)
             for tensor, groups in needed
-            if any(group and self._run(tensor, group) is None for group in groups)
+            if any(group and self._start(tensor, group) is None for group in groups)
         )
 
-    def _by_sum(self, a: Named, roles: _Roles) -> bool:
+    def _by_sum(self, a: NamedTensor, roles: _Roles) -> bool:
         """Whether to multiply and then sum: there is no matrix in it, or only vectors that lie across memory."""
         if not (roles.left or roles.right):
             return True
         return bool(roles.batch) and not (roles.left and roles.right) and a.modes[-1] in roles.batch
 
-    def _matrices(self, a: Named, b: Named, roles: _Roles) -> tuple[fx.Node, fx.Node]:
+    def _matrices(self, a: NamedTensor, b: NamedTensor, roles: _Roles) -> tuple[fx.Node, fx.Node]:
         lead = (roles.batch,) if roles.batch else ()
         return self._matrix(a, (*lead, roles.left, roles.summed)), self._matrix(b, (*lead, roles.summed, roles.right))
 
-    def _matrix(self, tensor: Named, groups: tuple[Modes, ...]) -> fx.Node:
+    def _matrix(self, tensor: NamedTensor, groups: tuple[Modes, ...]) -> fx.Node:
         node = self.grouped(tensor, tuple(group for group in groups if group))
         for n, group in enumerate(groups):
             if not group:
                 node = self.once("unsqueeze", node, n)
         return node
 
-    def _elementwise(self, a: Named, b: Named, roles: _Roles, alpha: float) -> Named:
+    def _elementwise(self, a: NamedTensor, b: NamedTensor, roles: _Roles, alpha: float) -> NamedTensor:
         """The product with broadcasting, summed where something is."""
         segments = self._segments(a, b, self._order(a, roles), frozenset(roles.summed))
         small, large = (a, b) if len(a.modes) < len(b.modes) else (b, a)
@@ -298,16 +300,18 @@ class Code:
             right = self.call(torch.mul, right, alpha)
         node = self.call(ops.mul, self._aligned(large, segments), right)
         if not roles.summed:
-            return Named(node, segments)
+            return NamedTensor(node, segments)
         summed = tuple(n for n, segment in enumerate(segments) if segment[0] in roles.summed)
-        return Named(self.call("sum", node, summed), tuple(s for n, s in enumerate(segments) if n not in summed))
+        return NamedTensor(self.call("sum", node, summed), tuple(s for n, s in enumerate(segments) if n not in summed))
 
-    def _order(self, a: Named, roles: _Roles) -> Modes:
+    def _order(self, a: NamedTensor, roles: _Roles) -> Modes:
         """The modes of a product: a's, with b's own behind them; which of several sites it is comes first."""
         order = (*a.modes, *roles.right)
         return (SITE, *(mode for mode in order if mode != SITE)) if SITE in roles.right else order
 
-    def _segments(self, a: Named, b: Named, order: Modes, apart: frozenset[str] = frozenset()) -> tuple[Modes, ...]:
+    def _segments(
+        self, a: NamedTensor, b: NamedTensor, order: Modes, apart: frozenset[str] = frozenset()
+    ) -> tuple[Modes, ...]:
         """The modes of a product in runs that each tensor has as one axis or lacks."""
         runs: list[Modes] = []
         for mode in order:
@@ -317,15 +321,15 @@ class Code:
                 runs.append((mode,))
         return tuple(runs)
 
-    def _same(self, run: Modes, mode: str, a: Named, b: Named, apart: frozenset[str]) -> bool:
+    def _same(self, run: Modes, mode: str, a: NamedTensor, b: NamedTensor, apart: frozenset[str]) -> bool:
         if (mode in apart) != (run[-1] in apart):
             return False
         held = [tensor for tensor in (a, b) if mode in tensor.modes]
         if held != [tensor for tensor in (a, b) if run[-1] in tensor.modes]:
             return False
-        return all(self._run(tensor, (*run, mode)) is not None for tensor in held)
+        return all(self._start(tensor, (*run, mode)) is not None for tensor in held)
 
-    def _aligned(self, tensor: Named, segments: tuple[Modes, ...]) -> fx.Node:
+    def _aligned(self, tensor: NamedTensor, segments: tuple[Modes, ...]) -> fx.Node:
         """The tensor over the segments, of size 1 in those that it lacks; broadcasting sees to those before its first."""
         mine = tuple(segment for segment in segments if segment[0] in tensor.modes)
         node = self.grouped(tensor, mine)
@@ -336,7 +340,7 @@ class Code:
 
     # Parts of a tensor
 
-    def member(self, tensor: Named, number: int) -> Named:
+    def member(self, tensor: NamedTensor, number: int) -> NamedTensor:
         """One site's part of a tensor of several sites; the tensor itself if it has no such mode."""
         at = next((n for n, axis in enumerate(tensor.axes) if SITE in axis), None)
         if at is None:
@@ -352,17 +356,17 @@ class Code:
             one_site(tensor), node=self.once("select", self._split(tensor, whole), whole.index((SITE,)), number)
         )
 
-    def empty(self, like: fx.Node, modes: Modes) -> Named:
+    def empty(self, like: fx.Node, modes: Modes) -> NamedTensor:
         """A new tensor with one axis for each mode; ``like`` gives dtype and device."""
         shape = tuple(self._tokens() if mode == TOKEN else self.size((mode,)) for mode in modes)
-        return Named(self.call("new_empty", like, shape), tuple((mode,) for mode in modes))
+        return NamedTensor(self.call("new_empty", like, shape), tuple((mode,) for mode in modes))
 
     def _tokens(self) -> fx.Node:
         assert self.tokens is not None
         return self.once("size", *self.tokens)
 
 
-def one_site(tensor: Named) -> Named:
+def one_site(tensor: NamedTensor) -> NamedTensor:
     """What a tensor of several sites is like at one of them: where the mode SITE was, memory jumps."""
     axes: list[Modes] = []
     gaps: set[int] = set()
@@ -374,4 +378,4 @@ def one_site(tensor: Named) -> Named:
             axes += [part] if part else []
         if n in tensor.gaps and axes:
             gaps.add(len(axes) - 1)
-    return Named(tensor.node, tuple(axes), frozenset(gap for gap in gaps if gap < len(axes) - 1))
+    return NamedTensor(tensor.node, tuple(axes), frozenset(gap for gap in gaps if gap < len(axes) - 1))

@@ -6,22 +6,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import fx
-from torch.fx.node import Argument
+from torch.fx.node import Argument as FxArgument
 
 from tensorpeft.emission import ops
-from tensorpeft.emission.chain_code import ROW, Given, StrandCode
-from tensorpeft.emission.contraction import Code, Modes, Named
+from tensorpeft.emission.chain_code import ROW, ChainCode, ChainInputs
+from tensorpeft.emission.contraction import Code, Modes, NamedTensor
 from tensorpeft.emission.input_kind import SetKind
 from tensorpeft.emission.intern import module
 from tensorpeft.model.shape import Rows
 from tensorpeft.planning.orders import TOKEN
 
-HEAD, INPUT = "<head>", "<input>"  # all columns of a head's result; all features of the input
+PROJECTION, INPUT = "<projection>", "<input>"  # all columns of a projection's result; all features of the input
 
 
 @dataclass(frozen=True)
 class Function:
-    """An emitted function: the names of what it takes, and of what it returns; and which sizes of strands are in its code."""
+    """An emitted function: the names of what it takes, and of what it returns; and which sizes of chains are in its code."""
 
     code: fx.GraphModule
     takes: tuple[str, ...]
@@ -50,36 +50,38 @@ class SetGraph:
         self.features[node] = features
         return node, (*(((ROW,),) if lead else ()), (TOKEN,))
 
-    def strand(self, number: int, *, gradients: bool = False) -> StrandCode:
-        """The code of a strand in this graph."""
-        pieces, numbers = self.kind.strands[number], self.kind.pieces[number]
+    def chain(self, number: int, *, gradients: bool = False) -> ChainCode:
+        """The code of a chain in this graph."""
+        chain, numbers = self.kind.chains[number], self.kind.arguments[number]
 
-        def piece(n: int) -> fx.Node:
+        def argument(n: int) -> fx.Node:
             return self.take("w" if numbers[n] < 0 else f"p{numbers[n]}")
 
         def into(n: int) -> fx.Node:
             return self.take(f"into{numbers[n]}")
 
-        given = Given(
-            piece,
+        given = ChainInputs(
+            argument,
             index=lambda what: self.take(f"{what}{number}"),
             number=number,
             ids=self.take("ids") if self.kind.by_task else None,
-            training=self.take("training") if any(met.dropout for met in pieces.met) else None,
+            training=self.take("training") if any(stage.dropout for stage in chain.stages) else None,
             into=into if gradients else None,
         )
-        return StrandCode(self.code, pieces, given)
+        return ChainCode(self.code, chain, given)
 
-    def finish(self, outputs: Argument, returns: tuple[str, ...], name: str) -> Function:
+    def finish(self, outputs: FxArgument, returns: tuple[str, ...], name: str) -> Function:
         self.code.graph.output(outputs)
         code = module(self.code.graph, name)
         return Function(code, tuple(self.takes), returns, self.code.sizes.read)
 
 
-def rows_of(graph: SetGraph, y: Named, rows: Rows | None) -> Named | None:
+def rows_of(graph: SetGraph, y: NamedTensor, rows: Rows | None) -> NamedTensor | None:
     """The outputs of one matrix as a view with one axis; None where they do not lie together."""
     if rows is None:
         return y
     if rows.period != graph.features[y.node]:
         return None
-    return Named(graph.code.once("narrow", y.node, -1, rows.offset, rows.count), y.axes, frozenset({len(y.axes) - 2}))
+    return NamedTensor(
+        graph.code.once("narrow", y.node, -1, rows.offset, rows.count), y.axes, frozenset({len(y.axes) - 2})
+    )

@@ -21,31 +21,31 @@ class SetProgram:
         self.kind = kind
         self._code = _shared(kind, "forward", SetCode)
         self.forward = self._code.forward
-        self.new_landings = self._landings(in_place=False)
+        self.functional_epilogues = self._epilogues(in_place=False)
         self.backward = cache(self._backward)
 
     @cached_property
-    def landings(self) -> tuple[Function, ...]:
-        """Of each module: its updates added in the memory of its output. ``new_landings`` leave the output as it is."""
-        return self._landings(in_place=True)
+    def epilogues(self) -> tuple[Function, ...]:
+        """Of each module: its updates added in the memory of its output. ``functional_epilogues`` leave the output as it is."""
+        return self._epilogues(in_place=True)
 
     @property
     def whole(self) -> Function:
         """The backward pass from all modules to everything."""
-        return self.backward(frozenset(range(len(self.kind.modules))), to_x=True, to_pieces=True)
+        return self.backward(frozenset(range(len(self.kind.modules))), to_x=True, to_arguments=True)
 
-    def _landings(self, *, in_place: bool) -> tuple[Function, ...]:
-        def landing(module: int) -> Function:
-            make = partial(self._code.landing, module=module, in_place=in_place)
+    def _epilogues(self, *, in_place: bool) -> tuple[Function, ...]:
+        def epilogue(module: int) -> Function:
+            make = partial(self._code.epilogue, module=module, in_place=in_place)
             return _shared(self.kind, (self._code, module, in_place), make)
 
-        return tuple(landing(module) for module in range(len(self.kind.modules)))
+        return tuple(epilogue(module) for module in range(len(self.kind.modules)))
 
-    def _backward(self, present: frozenset[int], *, to_x: bool, to_pieces: bool) -> Function:
+    def _backward(self, present: frozenset[int], *, to_x: bool, to_arguments: bool) -> Function:
         def make(kind: SetKind) -> Function:
-            return Backward(self._code, kind, present, to_x=to_x, to_pieces=to_pieces).function()
+            return Backward(self._code, kind, present, to_x=to_x, to_arguments=to_arguments).function()
 
-        return _shared(self.kind, (self._code, present, to_x, to_pieces), make)
+        return _shared(self.kind, (self._code, present, to_x, to_arguments), make)
 
 
 @lru_cache(maxsize=1024)

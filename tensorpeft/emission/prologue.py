@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.fx.node import Argument
+from torch.fx.node import Argument as FxArgument
 
 from tensorpeft.emission import ops
 from tensorpeft.emission.index import Index
 from tensorpeft.emission.intern import module
-from tensorpeft.emission.lowering import Piece
+from tensorpeft.emission.lowering import Argument
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.model.shape import Key
 from tensorpeft.network.network import Block, Group, Operand, Term
@@ -38,7 +38,7 @@ class Part:
     """What some input sets are given of one kind: ``count`` rows, and which of them is each set's."""
 
     node: fx.Node  # (rows, one axis for each mode)
-    shape: tuple[int, ...]  # of a row, over the axes of the piece
+    shape: tuple[int, ...]  # of a row, over the axes of the argument
     merged: bool  # whether some axis stands for several modes
     count: int
     rows: Rows
@@ -64,28 +64,30 @@ class PrologueCode:
 
     # Parts and stacks
 
-    def part(self, group: Group, term: Term, link: Link, piece: Piece, bundles: Bundles) -> Part:
-        """What the input sets of some bundles are given for a piece."""
+    def part(self, group: Group, term: Term, link: Link, argument: Argument, bundles: Bundles) -> Part:
+        """What the input sets of some bundles are given for an argument."""
         modes: tuple[str, ...]
-        if len(piece.operands) == 1:
-            operand = term.operands[piece.operands[0]]
+        if len(argument.operands) == 1:
+            operand = term.operands[argument.operands[0]]
             node, keys = self._factor(operand)
             numbers = {key: number for number, key in enumerate(keys)}
             modes, count, of_site = operand.modes, len(keys), tuple(numbers[key] for key in operand.keys)
         else:
-            axes = tuple(reversed(link.site_modes)) if piece.own else link.site_modes
+            axes = tuple(reversed(link.site_modes)) if argument.own else link.site_modes
             node, of_site = self._product(group, term, link, axes), _rows(group, axes)
             modes, count = (*link.batch, *link.new, *link.contracted), max(of_site) + 1
-        wanted = [tuple(of_site[n] for n in (sites if piece.own else sites[:1])) for sites in bundles]
+        wanted = [tuple(of_site[n] for n in (sites if argument.own else sites[:1])) for sites in bundles]
         items = {item: number for number, item in enumerate(dict.fromkeys(wanted))}
-        node = self._grid(node, count, tuple(items)) if piece.own else self._picked(node, count, [r for (r,) in items])
-        modes = (SITE, *modes) if piece.own else modes
-        order = (0, *(1 + modes.index(mode) for axis in piece.axes for mode in axis))
+        node = (
+            self._grid(node, count, tuple(items)) if argument.own else self._picked(node, count, [r for (r,) in items])
+        )
+        modes = (SITE, *modes) if argument.own else modes
+        order = (0, *(1 + modes.index(mode) for axis in argument.axes for mode in axis))
         if order != tuple(range(len(order))):
             node = self._call("permute", node, order)
         sizes = {**term.sizes, SITE: len(wanted[0])}
-        shape = tuple(prod(sizes[mode] for mode in axis) for axis in piece.axes)
-        merged = any(len(axis) > 1 for axis in piece.axes)
+        shape = tuple(prod(sizes[mode] for mode in axis) for axis in argument.axes)
+        merged = any(len(axis) > 1 for axis in argument.axes)
         return Part(node, shape, merged, len(items), tuple(items[item] for item in wanted))
 
     def stack(self, parts: Sequence[Part]) -> tuple[int, Rows]:
@@ -224,7 +226,7 @@ class PrologueCode:
             node = self._call("unflatten", node, 0, tuple(len(_labels(group, mode)) for mode in axes))
         return node
 
-    def _call(self, function: Any, *args: Argument) -> fx.Node:
+    def _call(self, function: Any, *args: FxArgument) -> fx.Node:
         """A call of a method of the first argument, or of a function; the same one is made once."""
         key = (function, *args)
         if key not in self._calls:

@@ -29,7 +29,7 @@ class SetRun:
         self.handles: tuple[Tensor, ...] = ()
         cast = x if x.dtype == dtype else x.to(dtype)  # under autocast the base has cast its own copy
         self.given: Given = {**given, "x": cast}
-        for number, (stack, row) in enumerate(call.pieces):
+        for number, (stack, row) in enumerate(call.arguments):
             self.given[f"p{number}"] = stacks.rows[stack][row]
         if stacks.token is not None and (stacks.token.requires_grad or cast.requires_grad):
             self.handles = _Common.apply(cast, stacks.token, self)
@@ -53,9 +53,9 @@ class SetRun:
         self.waiting.discard(module)
         program = self.call.program
         if is_traced():
-            function = program.new_landings[module]
+            function = program.functional_epilogues[module]
             return function.code.forward(*(y if name == "y" else self.given[name] for name in function.takes))
-        function = program.landings[module]
+        function = program.epilogues[module]
         target = _writable(y)
         given = {**self.given, "y": target}
         if self.handles:
@@ -90,13 +90,13 @@ class _Common(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, token: Tensor, run: SetRun) -> tuple[Tensor, ...]:
         run.compute()
         program, gradients = run.call.program, run.stacks.gradients
-        ctx.to_x, ctx.to_pieces = ctx.needs_input_grad[:2]
+        ctx.to_x, ctx.to_arguments = ctx.needs_input_grad[:2]
         everything = frozenset(range(len(run.call.modules)))
-        takes = program.backward(everything, to_x=ctx.to_x, to_pieces=ctx.to_pieces).takes
+        takes = program.backward(everything, to_x=ctx.to_x, to_arguments=ctx.to_arguments).takes
         ctx.names = tuple(name for name in takes if name == "x" or name in program.forward.returns)
         ctx.save_for_backward(*(run.given[name] for name in ctx.names))
         ctx.given = {name: run.given[name] for name in takes if name in run.given and name not in ctx.names}
-        ctx.program, ctx.pieces, ctx.gradients, ctx.shape = program, run.call.pieces, gradients, x.shape
+        ctx.program, ctx.arguments, ctx.gradients, ctx.shape = program, run.call.arguments, gradients, x.shape
         ctx.set_materialize_grads(False)
         return tuple(_handle(x, d_out) for d_out in program.kind.d_out)
 
@@ -108,14 +108,14 @@ class _Common(torch.autograd.Function):
             return None, None, None
         ctx.gradients.check()
         numbers = frozenset(module for module, gradient in enumerate(outputs) if gradient is not None)
-        function = ctx.program.backward(numbers, to_x=ctx.to_x, to_pieces=ctx.to_pieces)
+        function = ctx.program.backward(numbers, to_x=ctx.to_x, to_arguments=ctx.to_arguments)
         given = {**ctx.given, **dict(zip(ctx.names, ctx.saved_tensors, strict=True)), **present}
         for name in function.takes:
             if name.startswith("into"):
-                given[name] = ctx.gradients.row(*ctx.pieces[int(name.removeprefix("into"))])
+                given[name] = ctx.gradients.row(*ctx.arguments[int(name.removeprefix("into"))])
         dx, *parts = function.code.forward(*(given[name] for name in function.takes))
         for name, part in zip(function.returns[1:], parts, strict=True):
-            ctx.gradients.put(*ctx.pieces[int(name.removeprefix("into"))], part)
+            ctx.gradients.put(*ctx.arguments[int(name.removeprefix("into"))], part)
         return None if dx is None else dx.reshape(ctx.shape), None, None
 
 

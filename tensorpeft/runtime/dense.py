@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from tensorpeft.emission.chain_code import ROW, Given, StrandCode
+from tensorpeft.emission.chain_code import ROW, ChainCode, ChainInputs
 from tensorpeft.emission.contraction import Code
 from tensorpeft.emission.emit import taken
 from tensorpeft.emission.index import Index
 from tensorpeft.emission.intern import module
-from tensorpeft.emission.lowering import Strand, strands
+from tensorpeft.emission.lowering import LoweredChain, lower_chains
 from tensorpeft.emission.prologue import PrologueCode
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.model.shape import Site
@@ -33,17 +33,17 @@ class GroupCode:
     def __init__(self, planned: Plan, group: Group) -> None:
         self.group = group
         dense = Plan(planned.network, planned.regime, (dense_plan(group),), ())
-        cut = strands(dense.groups[0], 1, {})
-        self.codes = [_code(strand) for strand in cut]
+        cut = lower_chains(dense.groups[0], 1, {})
+        self.codes = [_code(chain) for chain in cut]
         self.takes = [[node.name for node in made.graph.nodes if node.op == "placeholder"] for made in self.codes]
         code, bundles = PrologueCode(dense), dense.groups[0].bundles
-        # of each product's pieces the stack, and for each site its row; None stands for the base weight
+        # of each product's arguments the stack, and for each site its row; None stands for the base weight
         self.stacks = [
             [
-                None if p.is_base else code.stack([code.part(group, term, strand.met[0].link, p, bundles)])
-                for p in strand.met[0].pieces
+                None if p.is_base else code.stack([code.part(group, term, chain.stages[0].link, p, bundles)])
+                for p in chain.stages[0].arguments
             ]
-            for term, strand in zip(group.terms, cut, strict=True)
+            for term, chain in zip(group.terms, cut, strict=True)
         ]
         self.prologue = code.finish()
         self.inputs = tuple(code.inputs)
@@ -103,8 +103,8 @@ class GroupUpdates:
         return base_weight(self.adapter, attachment.model.get_submodule(site.module), site).to(like)
 
 
-def _code(strand: Strand) -> fx.GraphModule:
-    """From the pieces of a strand of one link to its update (d_out, d_in)."""
+def _code(chain: LoweredChain) -> fx.GraphModule:
+    """From the arguments of a chain of one link to its update (d_out, d_in)."""
     code = Code()
     nodes: dict[str, fx.Node] = {}
 
@@ -113,14 +113,14 @@ def _code(strand: Strand) -> fx.GraphModule:
             nodes[name] = code.placeholder(name)
         return nodes[name]
 
-    given = Given(lambda n: take(f"p{n}"), take, ids=take("ids") if strand.by_task else None)
-    emitted = StrandCode(code, strand, given)
+    given = ChainInputs(lambda n: take(f"p{n}"), take, ids=take("ids") if chain.by_task else None)
+    emitted = ChainCode(code, chain, given)
     emitted.use()
     tensor = emitted.tensor(0)
-    groups = (*(((ROW,),) if strand.by_task else ()), strand.d_out, strand.d_in)
+    groups = (*(((ROW,),) if chain.by_task else ()), chain.d_out, chain.d_in)
     node = code.grouped(tensor, groups)
-    node = code.call("squeeze", node, 0) if strand.by_task else node
-    code.graph.output(node if strand.alpha == 1 else code.call(torch.mul, node, strand.alpha))
+    node = code.call("squeeze", node, 0) if chain.by_task else node
+    code.graph.output(node if chain.alpha == 1 else code.call(torch.mul, node, chain.alpha))
     return module(code.graph, "Update")
 
 

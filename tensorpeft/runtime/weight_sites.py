@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from tensorpeft.emission.index import Index
-from tensorpeft.emission.lowering import Piece
+from tensorpeft.emission.lowering import Argument
 from tensorpeft.emission.prologue import PrologueCode, Rows
 from tensorpeft.language.spec import BASE_WEIGHT
 from tensorpeft.network.network import Group, Term
@@ -51,7 +51,7 @@ class ApartCode:
         planned = GroupPlan(group, self.chains, bundles, 0)
         code = PrologueCode(Plan(replace(plan.network, blocks=tuple(blocks.values())), plan.regime, (planned,), ()))
         self.tensors = [
-            [_OfSites(*code.stack([code.part(group, term, link, _piece(link), bundles)])) for link in each.links]
+            [_OfSites(*code.stack([code.part(group, term, link, _argument(link), bundles)])) for link in each.links]
             for term, each in zip(group.terms, self.chains, strict=True)
         ]
         self.code: fx.GraphModule = code.finish()
@@ -78,8 +78,8 @@ class ApartCode:
             yield Built(term, each, each.sign * self.group.scale, tuple(tensor(found) for tensor in tensors))
 
 
-def _piece(link: Link) -> Piece:
-    return Piece(link.operands, tuple((mode,) for mode in link.modes), link.trainable, False)
+def _argument(link: Link) -> Argument:
+    return Argument(link.operands, tuple((mode,) for mode in link.modes), link.trainable, False)
 
 
 class _OfSites:

@@ -284,7 +284,7 @@ def test_explain():
     assert re.search(
         r"# at 12 inputs like that of .*q_proj, .*k_proj, .*v_proj: what its sites .*\ndef forward\(x, ", shown
     )
-    assert shown.count("def landing(y, ") == 4
+    assert shown.count("def epilogue(y, ") == 4
     assert shown.count("def backward(g0, ") == 2
 
 

@@ -61,6 +61,8 @@ class SharedInput:
         program = self.call.program
         self.all = (1 << len(self.call.modules)) - 1
         self.run: Run | None = None
+        self._by_base, self._by_task = program.kind.by_base, program.kind.by_task
+        self._behind = self.call.at == "output"
         self._forward, self._pick = program.forward.code.forward, picker(program.forward.takes)
         self._returns = program.forward.returns
         self._epilogues = [(each.code.forward, picker(each.takes[1:])) for each in program.epilogues]
@@ -99,15 +101,14 @@ class SharedInput:
             return None
         prepared = self.cache.prepared(y, grad)
         run = Run(x, grad, self.all)
-        source = x if self.call.at != "output" else product_of(module, self.call.modules[0], y)
+        source = product_of(module, self.call.modules[0], y) if self._behind else x
         cast = (
             source if source.dtype is y.dtype else source.to(y.dtype)
         )  # under autocast the base has cast its own copy
         run.given = given = {**prepared.given[self.number], "x": cast, "training": self.state.factors.training}
-        kind = self.call.program.kind
-        if kind.by_base:
+        if self._by_base:
             given["w"] = base_weight(self.state, module, self.call.modules[0]).to(y.dtype)
-        if kind.by_task:
+        if self._by_task:
             given["ids"] = self.state.ids_for(x, self.call.modules[0])
         if prepared.token is not None and (prepared.token.requires_grad or cast.requires_grad):
             run.handles = _common(cast, prepared.token, self, prepared, given)

@@ -111,7 +111,7 @@ class State:
             AdapterError: a module that the adapter is on was replaced, or a parameter that it trains is another one now.
         """
         for children, name, module, path in self.edges:
-            if children.get(name) is not module:
+            if name not in children or children[name] is not module:
                 now = children.get(name)
                 found = "is gone" if now is None else f"was replaced (by {type(now).__name__})"
                 raise AdapterError(

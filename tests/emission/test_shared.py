@@ -24,8 +24,8 @@ def kinds(spec: str, **settings: object) -> list[SetKind]:
 
 def resized(kind: SetKind, mode: str) -> SetKind:
     """The same, but for one more of a mode."""
-    strands = (replace(s, sizes=tuple((m, n + (m == mode)) for m, n in s.sizes)) for s in kind.strands)
-    return replace(kind, strands=tuple(strands))
+    chains = (replace(s, sizes=tuple((m, n + (m == mode)) for m, n in s.sizes)) for s in kind.chains)
+    return replace(kind, chains=tuple(chains))
 
 
 def test_sites_that_keep_other_numbers_of_rows_share_their_code() -> None:
@@ -33,7 +33,7 @@ def test_sites_that_keep_other_numbers_of_rows_share_their_code() -> None:
     assert first.sizes != second.sizes
     ours, others = program(first), program(second)
     assert ours.forward is others.forward
-    assert ours.landings == others.landings
+    assert ours.epilogues == others.epilogues
     assert ours.whole is others.whole
 
 

@@ -59,7 +59,9 @@ def test_what_is_trained_is_what_the_spec_says():
     }
     biases = ("query.bias", "value.bias")
     assert thawed == {name for name, _ in model.named_parameters() if "LayerNorm" in name or name.endswith(biases)}
-    assert sum(p.numel() for p in adapter.trained_base.parameters()) == sum(extra.count for extra in adapter.network.extras)
+    assert sum(p.numel() for p in adapter.trained_base.parameters()) == sum(
+        extra.count for extra in adapter.network.extras
+    )
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(p.numel() for p in adapter.parameters())
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
+from typing import Any
 
 from torch import fx
 from torch.fx.node import Argument as FxArgument
@@ -30,6 +32,17 @@ class Function:
     read: Mapping[tuple[int, str], int]
 
     @cached_property
+    def run(self) -> Callable[..., Any]:
+        """The code, to be called."""
+        found: Callable[..., Any] = self.code.forward
+        return found
+
+    @cached_property
+    def pick(self) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+        """From values by their names to those that it takes, in order."""
+        return picker(self.takes)
+
+    @cached_property
     def accumulated(self) -> tuple[tuple[str, int], ...]:
         """Of a backward pass: where gradients of arguments are added up in place, by name and by the argument's number."""
         return tuple((name, int(name.removeprefix("into"))) for name in self.takes if name.startswith("into"))
@@ -38,6 +51,13 @@ class Function:
     def delivered(self) -> tuple[int, ...]:
         """Of a backward pass: the arguments whose gradients it returns, behind that of x."""
         return tuple(int(name.removeprefix("into")) for name in self.returns[1:])
+
+
+def picker(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """A function that picks the values of names, by a single call of the interpreter's where there are several."""
+    if len(names) > 1:
+        return itemgetter(*names)
+    return lambda given: tuple([given[name] for name in names])
 
 
 class SetGraph:

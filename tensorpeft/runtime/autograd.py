@@ -8,13 +8,13 @@ passes the gradient on to the output and, as it is, to the handle. So the first 
 from __future__ import annotations
 
 from collections.abc import Callable
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensorpeft.emission.emit import SetCall
+from tensorpeft.emission.graph import picker
 from tensorpeft.runtime.base_weight import base_weight, product_of
 from tensorpeft.runtime.factor_cache import FactorCache, Prepared
 from tensorpeft.runtime.gradients import refuse_unusual
@@ -30,30 +30,26 @@ from tensorpeft.runtime.torch_internals import (
 Given = dict[str, Any]
 
 
-def picker(names: tuple[str, ...]) -> Callable[[Given], tuple[Any, ...]]:
-    """A function that picks the values of names, by a single call of the interpreter's where there are several."""
-    if len(names) > 1:
-        return itemgetter(*names)
-    return lambda given: tuple([given[name] for name in names])
-
-
 class Run:
     """What an input set has computed for one input."""
 
     __slots__ = ("given", "grad", "handles", "kept", "number", "version", "waiting", "x")
 
-    def __init__(self, x: Tensor, grad: bool, waiting: int) -> None:
-        self.x, self.grad, self.waiting = x, grad, waiting
-        self.version = -1 if x.is_inference() else x._version
-        self.number = (
-            backward_pass() if grad else -1
-        )  # of the engine's run, if this is within one: of what is done again there
-        self.kept = grad and outputs_are_kept()
-        self.handles: tuple[Tensor, ...] = ()
+    x: Tensor
+    version: int  # of x; -1 where it counts none
+    grad: bool
+    number: int  # of the engine's run, if this is within one: of what is done again there
+    kept: bool  # whether somebody keeps the outputs of kernels
+    waiting: int  # the modules that did not ask yet, each a bit
+    given: Given  # what the epilogues take
+    handles: tuple[Tensor, ...]
 
 
 class SharedInput:
-    """One input set of a program: sites that read one tensor. It keeps what it computed while one of its modules waits for it."""
+    """One input set of a program: sites that read one tensor. It keeps what it computed while one of its modules waits for it.
+
+    This runs at every site of every pass, where each call of the interpreter's counts: hence the few functions and the slots.
+    """
 
     def __init__(self, state: State, cache: FactorCache, number: int) -> None:
         self.state, self.cache, self.number = state, cache, number
@@ -65,7 +61,7 @@ class SharedInput:
         self._behind = self.call.at == "output"
         self._forward, self._pick = program.forward.code.forward, picker(program.forward.takes)
         self._returns = program.forward.returns
-        self._epilogues = [(each.code.forward, picker(each.takes[1:])) for each in program.epilogues]
+        self.epilogues = [(each.code.forward, picker(each.takes[1:])) for each in program.epilogues]
         assert all(each.takes[0] == "y" for each in program.epilogues)
 
     def add(self, place: int, module: nn.Module, x: Tensor, y: Tensor, grad: bool) -> Tensor | None:
@@ -87,12 +83,18 @@ class SharedInput:
                 return None
         run.waiting &= ~mine
         self.run = run if run.waiting else None
-        target = _writable(y, run.kept)
+        base = y._base
+        if run.kept or not y.is_contiguous():
+            target = y.clone(memory_format=torch.contiguous_format)
+        elif base is None:
+            target = y  # the base's own output, fresh, which nobody else has seen yet
+        else:  # autograd wants the whole, and not a view of it, to be written to
+            target = base if base.is_contiguous() and base.numel() == y.numel() else y.clone()
         if run.handles:
-            target = _add_update(target, run.handles[place], self, place, run)
+            target = _add_update(target, run.handles[place], self.epilogues[place], run.given)
         else:
-            code, pick = self._epilogues[place]
-            code(target, *pick(run.given))
+            epilogue, pick = self.epilogues[place]
+            epilogue(target, *pick(run.given))
         return target if target.shape == y.shape else target.view(y.shape)
 
     def _begin(self, module: nn.Module, x: Tensor, y: Tensor, grad: bool) -> Run | None:
@@ -100,7 +102,11 @@ class SharedInput:
         if transforms_are_active() or tracing_state() is not None:
             return None
         prepared = self.cache.prepared(y, grad)
-        run = Run(x, grad, self.all)
+        run = Run()  # filled in here, as an __init__ would be a call more
+        run.x, run.grad, run.waiting, run.handles = x, grad, self.all, ()
+        run.version = -1 if not grad and x.is_inference() else x._version
+        run.number = backward_pass() if grad else -1
+        run.kept = grad and outputs_are_kept()
         source = product_of(module, self.call.modules[0], y) if self._behind else x
         cast = (
             source if source.dtype is y.dtype else source.to(y.dtype)
@@ -122,24 +128,6 @@ class SharedInput:
         for name, value in zip(self._returns, results, strict=True):
             given[name] = value
 
-    def forget(self) -> None:
-        """Drop what modules were to share that were not called."""
-        self.run = None
-
-
-def _writable(y: Tensor, kept: bool) -> Tensor:
-    """An output in whose memory one may write: y, or what y views as a whole; else a copy.
-
-    The output is the base's own, which nobody else has seen yet. Autograd wants the whole, not a view of it, to be written to.
-    """
-    base = y._base
-    if not kept and y.is_contiguous():
-        if base is None:
-            return y
-        if base.is_contiguous() and base.numel() == y.numel():
-            return base
-    return y.clone(memory_format=torch.contiguous_format)
-
 
 class _Common(torch.autograd.Function):
     """What the sites of an input set have in common, and all of its backward pass."""
@@ -150,56 +138,62 @@ class _Common(torch.autograd.Function):
         program = shared.call.program
         ctx.to_x, ctx.to_arguments = ctx.needs_input_grad[:2]
         ctx.function = function = program.backward(shared.all, to_x=ctx.to_x, to_arguments=ctx.to_arguments)
-        own = program.forward.returns
-        ctx.names = names = tuple([name for name in function.takes if name == "x" or name in own])
-        ctx.save_for_backward(*[given[name] for name in names])
-        ctx.given = {name: given[name] for name in function.takes if name in given and name not in names}
+        activations, others = {}, {}
+        for name in function.takes:
+            if name == "x" or name in program.forward.returns:
+                activations[name] = given[name]
+            elif name in given:
+                others[name] = given[name]
+        ctx.save_for_backward(*activations.values())
+        ctx.names, ctx.given = tuple(activations), others
         ctx.shared, ctx.gradients, ctx.shape = shared, prepared.gradients, x.shape
         ctx.set_materialize_grads(False)
-        return tuple([_handle(x, d_out) for d_out in program.kind.d_out])
+        lead, flat = x.shape[:-1], (0,) * x.ndim
+        handles = []
+        for d_out in program.kind.d_out:
+            handles += [torch.empty_strided((*lead, d_out), flat, dtype=x.dtype, device=x.device)]
+        return tuple(handles)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        present, given = 0, ctx.given.copy()
+        present, given, one = 0, {**ctx.given}, None
         for module, gradient in enumerate(outputs):
             if gradient is not None:
                 present |= 1 << module
-                given[f"g{module}"] = gradient
-        if not present:
+                given[f"g{module}"] = one = gradient
+        if one is None:
             return None, None, None, None, None
-        refuse_unusual([gradient for gradient in outputs if gradient is not None])
+        refuse_unusual(one)
         call, function = ctx.shared.call, ctx.function
         if present != ctx.shared.all:
             function = call.program.backward(present, to_x=ctx.to_x, to_arguments=ctx.to_arguments)
-        given.update(zip(ctx.names, ctx.saved_tensors, strict=True))
+        for name, value in zip(ctx.names, ctx.saved_tensors, strict=True):
+            given[name] = value  # noqa: PERF403 - a comprehension is a call
         current = ctx.gradients.current()
         for name, number in function.accumulated:
-            given[name] = current.row(*call.arguments[number])
-        dx, *parts = function.code.forward(*[given[name] for name in function.takes])
+            stack, row = call.arguments[number]
+            given[name] = current.rows[stack][row] if stack in current.rows else current.row(stack, row)
+        dx, *parts = function.run(*function.pick(given))
         for number, part in zip(function.delivered, parts, strict=True):
             current.put(*call.arguments[number], part)
         return None if dx is None else dx.reshape(ctx.shape), None, None, None, None
-
-
-def _handle(x: Tensor, d_out: int) -> Tensor:
-    shape = (*x.shape[:-1], d_out)
-    return torch.empty_strided(shape, (0,) * len(shape), dtype=x.dtype, device=x.device)
 
 
 class _AddUpdate(torch.autograd.Function):
     """Adds an update to an output, in its memory."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, handle: Tensor, shared: SharedInput, place: int, run: Run) -> Tensor:
+    def forward(ctx: Any, y: Tensor, handle: Tensor, epilogue: tuple[Any, Any], given: Given) -> Tensor:
         ctx.mark_dirty(y)
         ctx.shape = handle.shape
-        code, pick = shared._epilogues[place]
-        code(y, *pick(run.given))
+        code, pick = epilogue
+        code(y, *pick(given))
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, gradient.reshape(ctx.shape), None, None, None
+        mine = gradient if gradient.shape == ctx.shape else gradient.reshape(ctx.shape)
+        return gradient, mine, None, None
 
 
 _common: Callable[..., tuple[Tensor, ...]] = apply_of(_Common)

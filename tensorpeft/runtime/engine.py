@@ -67,10 +67,9 @@ class Engine:
         if is_dynamo_compiling():
             return
         self.state.check_base()
-        distributed = is_in_distributed_forward()
+        thread, distributed = get_ident(), is_in_distributed_forward()
         for cache in self.caches.values():
-            cache.forget()
-            cache.thread, cache.distributed = get_ident(), distributed
+            cache.begin(thread, distributed=distributed)
 
     def end(self) -> None:
         """It is over: what is left of it can serve no one, but for the results that a backward pass may want again."""
@@ -79,7 +78,7 @@ class Engine:
         if is_dynamo_compiling():
             return
         for cache in self.caches.values():
-            cache.thread = 0
+            cache.end()
         self._drop_runs()
 
     def forget(self) -> None:
@@ -117,7 +116,7 @@ class Engine:
         if program not in self.shared:
             cache = FactorCache(program, self.state.factors, self.magnitudes.norms)
             for other in list(self.caches.values())[:1]:  # made in the middle of a pass
-                cache.thread, cache.distributed = other.thread, other.distributed
+                cache.as_others(other)
             self.caches[program] = cache
             self.shared[program] = [SharedInput(self.state, cache, number) for number in range(len(program.sets))]
         return self.shared[program]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import get_ident
 from typing import Any
 
@@ -25,6 +25,7 @@ Norms = Callable[
     [], dict[str, Tensor]
 ]  # of factors that are divided by something: by what, by the names of their blocks
 Divisors = tuple[Tensor | None, ...]  # the same, for each factor that the prologue takes
+Place = tuple[dict[str, Any], str]  # where torch keeps a factor
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,15 +41,28 @@ class Prepared:
     gradients: Gradients | None = None
 
 
-@dataclass(eq=False)
 class _Made:
     """Results, and what tells whether they are those of the factors as they are."""
 
-    prepared: Prepared
-    guards: list[tuple[dict[str, Any], str, Tensor, int]]  # where each factor is, and what was found there
-    pointers: list[int]
-    captured: bool
-    held: list[Tensor] = field(repr=False)  # so that no other numbers come to lie in the same place
+    def __init__(self, prepared: Prepared, places: list[Place], *, within_a_pass: bool) -> None:
+        self.prepared = prepared
+        self.guards: list[tuple[dict[str, Any], str, Tensor, int]] = []
+        for holder, name in places:
+            factor = holder[name]
+            self.guards += [(holder, name, factor, -1 if factor.is_inference() else factor._version)]
+        self.pointers: list[int] | None = None
+        if not within_a_pass:
+            self.look_at_memory()
+
+    def look_at_memory(self) -> None:
+        """Note where the numbers lie, for what comes outside of a pass; and hold them, so that no others come to lie there."""
+        self.held = [guard[2].detach() for guard in self.guards]
+        self.pointers = [factor.data_ptr() for factor in self.held]
+        self.captured = _is_captured()
+
+    def lies_where_it_lay(self) -> bool:
+        """Whether nobody put other numbers in the place of a factor's, which no version counts."""
+        return self.pointers == [guard[2].data_ptr() for guard in self.guards] and self.captured == _is_captured()
 
 
 class FactorCache:
@@ -62,13 +76,31 @@ class FactorCache:
     def __init__(self, program: Program, factors: Factors, norms: Norms) -> None:
         self.program, self.factors, self.norms = program, factors, norms
         self._places = [(factors.holder(name), name) for name in program.code.inputs]
-        self.thread = 0  # of which a forward of the model is on
-        self.distributed = False  # whether that is part of one of DistributedDataParallel
+        self._thread = 0  # of which a forward of the model is on
+        self._distributed = False  # whether that is part of one of DistributedDataParallel
         self.forget()
+
+    def begin(self, thread: int, *, distributed: bool) -> None:
+        """A forward of the model begins."""
+        self._made, self._thread, self._distributed = {}, thread, distributed
+
+    def end(self) -> None:
+        """It is over. Only a backward pass may want the results again."""
+        self._thread = 0
+        if not self._made:
+            return
+        self._made = {key: made for key, made in self._made.items() if key[2]}
+        for made in self._made.values():
+            if made.pointers is None:
+                made.look_at_memory()
+
+    def as_others(self, other: FactorCache) -> None:
+        """It is made in the middle of a pass."""
+        self._thread, self._distributed = other._thread, other._distributed
 
     def forget(self) -> None:
         """Drop the results."""
-        self._made: dict[tuple[torch.dtype, torch.device, bool, bool], _Made] = {}
+        self._made: dict[tuple[torch.dtype, torch.device, bool], _Made] = {}
 
     def prepared(self, y: Tensor, grad: bool) -> Prepared:
         """The results for a dtype and a device, with gradients or without.
@@ -76,43 +108,35 @@ class FactorCache:
         Raises:
             AdapterError: a factor that the spec freezes is to have a gradient, or the factors have no values.
         """
-        key = y.dtype, y.device, grad, torch.is_inference_mode_enabled()
+        key = y.dtype, y.device, grad
         try:
             made = self._made[key]
-        except KeyError:
-            return self._make(key)
+        except KeyError:  # not there, or another thread has just forgotten it
+            return self._make(*key)
         for holder, name, factor, version in made.guards:
             if holder[name] is not factor or (version >= 0 and factor._version != version):
-                return self._make(key)
-        if self.thread == get_ident() and not y.is_cuda:
+                return self._make(*key)
+        if made.pointers is None or (self._thread == get_ident() and not y.is_cuda):
             return made.prepared
-        same = made.pointers == [guard[2].data_ptr() for guard in made.guards] and made.captured == _is_captured()
-        return made.prepared if same else self._make(key)
+        return made.prepared if made.lies_where_it_lay() else self._make(*key)
 
-    def _make(self, key: tuple[torch.dtype, torch.device, bool, bool]) -> Prepared:
-        dtype, device, grad, _ = key
-        factors = tuple(holder[name] for holder, name in self._places)
+    def _make(self, dtype: torch.dtype, device: torch.device, grad: bool) -> Prepared:
+        factors = tuple([holder[name] for holder, name in self._places])
         self.factors.refuse_thawed(self.program.code.inputs)
         refuse_empty(factors, device)
-        prepared = (
-            self._run(dtype, device, factors) if grad else recorded(self.program, dtype, device, factors, self.norms)
-        )
-        versions = [-1 if factor.is_inference() else factor._version for factor in factors]
-        guards = [
-            (*place, factor, version) for place, factor, version in zip(self._places, factors, versions, strict=True)
-        ]
-        pointers = [factor.data_ptr() for factor in factors]
-        captured = _is_captured()
-        self._made[key] = _Made(prepared, guards, pointers, captured, [factor.detach() for factor in factors])
+        by_autograd = (self.program, dtype, device, factors, self.norms)
+        prepared = self._by_hand(dtype, device, factors) if grad else recorded(*by_autograd)
+        within = self._thread == get_ident() and device.type != "cuda"
+        self._made[dtype, device, grad] = _Made(prepared, self._places, within_a_pass=within)
         return prepared
 
-    def _run(self, dtype: torch.dtype, device: torch.device, factors: tuple[Tensor, ...]) -> Prepared:
-        """The results by hand: autograd sees nothing but the token."""
+    def _by_hand(self, dtype: torch.dtype, device: torch.device, factors: tuple[Tensor, ...]) -> Prepared:
+        """The results, of which autograd sees nothing but the token."""
         program = self.program
         with torch.no_grad(), without_dispatch_modes() if outputs_are_kept() else nullcontext():
             over, indices = divisors(program, self.norms), program.indices(factors[0].device)[0]
             stacks = stacked(program.code.prologue, dtype, device, factors, over, indices)
-        gradients = Gradients(stacks, factors, distributed=self.distributed)
+        gradients = Gradients(stacks, factors, distributed=self._distributed)
 
         def again(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return stacked(program.code.prologue, dtype, device, leaves, over, indices)
@@ -149,8 +173,8 @@ def recorded(
 
 def divisors(program: Program, norms: Norms) -> Divisors:
     """What each block that the prologue takes is divided by."""
-    found = norms()
-    return tuple([found.get(name) for name in program.code.inputs])
+    found, names = norms(), program.code.inputs
+    return tuple([found.get(name) for name in names]) if found else (None,) * len(names)
 
 
 def stacked(
@@ -174,12 +198,10 @@ def stacked(
 
 def _given(program: Program, stacks: tuple[Tensor, ...], device: torch.device) -> list[dict[str, Any]]:
     """For each input set the tensors that its code is given: rows of the stacks, and constant indices."""
-    rows = [stack.unbind() for stack in stacks]
-    constants = program.indices(device)[1]
-    found = []
-    for call, given in zip(program.sets, constants, strict=True):
-        mine: dict[str, Any] = {**given}
+    rows, found = [stack.unbind() for stack in stacks], []
+    for call, constants in zip(program.sets, program.indices(device)[1], strict=True):
+        mine: dict[str, Any] = {**constants}
         for name, (stack, row) in call.named_arguments:
             mine[name] = rows[stack][row]
-        found.append(mine)
+        found += [mine]
     return found

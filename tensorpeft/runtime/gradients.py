@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from tensorpeft.runtime.torch_internals import (
     apply_of,
     at_end_of_backward,
     backward_pass,
+    gradients_of,
     is_batched_gradient,
 )
 
@@ -22,18 +23,17 @@ class Pass:
 
     def __init__(self, gradients: Gradients) -> None:
         self._shapes = gradients.shapes
-        self._sums: dict[int, tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._sums: dict[int, Tensor] = {}
+        self.rows: dict[int, tuple[Tensor, ...]] = {}  # of each sum
         self._parts: dict[tuple[int, int], Tensor] = {}
 
     def row(self, stack: int, row: int) -> Tensor:
-        """The gradient of a row so far, to add to."""
-        try:
-            return self._sums[stack][1][row]
-        except KeyError:
+        """The gradient of a row so far, to add to; with the first one of a stack there are ``rows``."""
+        if stack not in self.rows:
             shape, dtype, device = self._shapes[stack]
-            zeros = torch.zeros(shape, dtype=dtype, device=device)
-            self._sums[stack] = zeros, zeros.unbind()
-            return self._sums[stack][1][row]
+            self._sums[stack] = torch.zeros(shape, dtype=dtype, device=device)
+            self.rows[stack] = self._sums[stack].unbind()
+        return self.rows[stack][row]
 
     def put(self, stack: int, row: int, part: Tensor) -> None:
         """Add to the gradient of a row."""
@@ -42,7 +42,7 @@ class Pass:
 
     def total(self) -> dict[int, Tensor]:
         """The gradients of the stacks that have one."""
-        sums = {stack: zeros for stack, (zeros, _) in self._sums.items()}
+        sums = self._sums
         for stack in {stack for stack, _ in self._parts}:
             shape, dtype, device = self._shapes[stack]
             mine = {row: part for (of, row), part in self._parts.items() if of == stack}
@@ -101,18 +101,17 @@ class Gradients:
         return {} if found is None else found.total()
 
 
-def refuse_unusual(gradients: Iterable[Tensor]) -> None:
-    """To be called in a backward pass with what it is given, of which someone may want what its in-place steps cannot give.
+def refuse_unusual(gradient: Tensor) -> None:
+    """To be called in a backward pass with one of its gradients: someone may want what its in-place steps cannot give.
 
     Raises:
         AdapterError: a backward pass of it (``once_differentiable`` refuses later, and not where a gradient is zero so far), or
             several passes at once.
     """
-    for gradient in gradients:
-        if is_batched_gradient(gradient):
-            raise AdapterError(
-                "an adapter takes one gradient at a time, found `is_grads_batched=True`; `torch.func.jacrev` can"
-            )
+    if is_batched_gradient(gradient):
+        raise AdapterError(
+            "an adapter takes one gradient at a time, found `is_grads_batched=True`; `torch.func.jacrev` can"
+        )
     if torch.is_grad_enabled():
         raise AdapterError(
             "an adapter's gradients cannot be differentiated again, found `create_graph=True`; `torch.func.grad` inside "
@@ -143,8 +142,7 @@ class _Token(torch.autograd.Function):
         if not reached:
             return (None, None, *[None for _ in wanted])
         sources, gradients = zip(*reached, strict=True)
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
-        each = iter(torch.autograd.grad(sources, trained, gradients, allow_unused=True))
+        each = iter(gradients_of(sources, gradients, [leaf for leaf in leaves if leaf.requires_grad]))
         return (None, None, *[next(each) if want else None for want in wanted])
 
 

@@ -6,7 +6,7 @@ lacks one is told by that name, and not by a crash somewhere in a forward pass.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,9 @@ def outputs_are_kept() -> bool:
 
     What it keeps must stay as it is, and what is done once for several segments is none of its business.
     """
-    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
-    return any(type(mode).__module__ == checkpoint.__name__ for mode in modes)
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    return any(type(mode).__module__ == checkpoint.__name__ for mode in _get_current_dispatch_mode_stack())
 
 
 def apply_of(function: type[Function]) -> Callable[..., Any]:
@@ -45,6 +46,16 @@ def apply_of(function: type[Function]) -> Callable[..., Any]:
     """
     apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]
     return apply
+
+
+def gradients_of(
+    outputs: Sequence[Tensor], gradients: Sequence[Tensor], leaves: Sequence[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """``torch.autograd.grad`` without its questions about shapes, which are right here: they take a hundred calls for one."""
+    found: tuple[Tensor | None, ...] = Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+        tuple(outputs), tuple(gradients), False, False, tuple(leaves), allow_unreachable=True, accumulate_grad=False
+    )
+    return found
 
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:

@@ -111,11 +111,11 @@ class SetCode:
     def epilogue(self, kind: SetKind, module: int, *, in_place: bool) -> Function:
         """Add the updates of a module's sites to its output."""
         graph = SetGraph(kind)
+        whole = graph.take("y")  # first: what calls it has the rest at hand before there is an output
         y, lead = graph.flat("y", kind.d_out[module])
         for site in kind.modules[module]:
             for number in site.chains:
                 y = self._add_update(graph, y, lead, site, number, in_place=in_place)
-        whole = graph.take("y")
         return graph.finish(
             whole if in_place else graph.code.call("reshape", y, graph.code.call(getattr, whole, "shape")),
             ("y",),

@@ -188,7 +188,7 @@ def stacked(
     """The stacks as they are, (rows, ...) each."""
     kind = factors[0].device.type
     divided = [factor if over is None else factor / over for factor, over in zip(factors, norms, strict=True)]
-    if torch.is_autocast_enabled(kind):  # it would round what the factors' own dtype is to be
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # it would round what the factors' own dtype is to be
         with torch.autocast(kind, enabled=False):
             found = code.forward(dtype, *divided, *indices)
     else:

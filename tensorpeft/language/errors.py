@@ -5,7 +5,6 @@
     ├── ModelError         a model card, config or module cannot be read
     ├── CheckpointError    a saved adapter is damaged, or belongs to another base
     └── AdapterError       a call that the adapter's present state does not allow
-    CompilerError(AssertionError)   a value between two passes breaks an invariant: our bug, never the user's
 
 Each says in one sentence what was found and what was expected, with the nearest name where there is one.
 """
@@ -37,12 +36,8 @@ class AdapterError(TensorpeftError):
     """A call that does not fit the state an adapter is in."""
 
 
-class CompilerError(AssertionError):
-    """A bug of this library: what one pass made is not what the next one relies on."""
-
-    def __init__(self, value: str, faults: Iterable[str]) -> None:
-        self.faults = tuple(faults)
-        super().__init__("\n    ".join([f"a bug of tensorpeft: {value} is not sound", *self.faults[:MAX_SHOWN]]))
+class InternalError(RuntimeError):
+    """A value of the compiler that contradicts itself: a fault of this library, not of what it was given."""
 
 
 @dataclass(frozen=True)

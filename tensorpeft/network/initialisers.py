@@ -7,7 +7,7 @@ from math import sqrt
 
 import numpy as np
 
-from tensorpeft.language.errors import CompilerError, fail, listing
+from tensorpeft.language.errors import InternalError, fail, listing
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Call, Name
 from tensorpeft.model.shape import Key
@@ -68,7 +68,7 @@ def initial_values(block: Block, seed: int) -> Iterator[tuple[Key, np.ndarray | 
             case "uniform" | "kaiming_uniform" | "xavier_uniform":
                 yield key, (2.0 * random.uniform(state, places) - 1.0) * _scale(init, block, key)
             case _:
-                raise CompilerError(f"the block `{block.name}`", [f"`{init}` is an initialiser that draws nothing"])
+                raise InternalError(f"`{init}` of `{block.name}` is an initialiser that draws nothing")
 
 
 def _places(block: Block, key: Key) -> list[np.ndarray]:

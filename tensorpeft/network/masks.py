@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from tensorpeft.language.errors import CompilerError, fail
+from tensorpeft.language.errors import InternalError, fail
 from tensorpeft.language.spec import MaskRule
 from tensorpeft.language.syntax import Expression
 from tensorpeft.model.shape import Key, Site
@@ -100,7 +100,7 @@ def kept_indices(
         case "where":
             return _where(mask, shape, sizes or {})
         case _:
-            raise CompilerError(f"the mask of `{rule.factor}`", [f"`{rule.rule}` is a rule that keeps nothing"])
+            raise InternalError(f"`{rule.rule}` of `{rule.factor}` is a mask rule that keeps nothing")
 
 
 def _bernoulli(state: int, size: int, p: float, *, alone: bool) -> np.ndarray:

@@ -9,7 +9,7 @@ from operator import mul
 
 import numpy as np
 
-from tensorpeft.language.errors import CompilerError
+from tensorpeft.language.errors import MAX_SHOWN, InternalError
 from tensorpeft.language.spec import SIDES, SITE_MODES
 from tensorpeft.model.shape import Key
 from tensorpeft.network.network import Block, Group, Network, Operand, Term
@@ -21,11 +21,12 @@ def verify(network: Network) -> None:
     """Hold a network to its invariants. No mask is drawn for it.
 
     Raises:
-        CompilerError: it breaks some, with a sentence for each.
+        InternalError: it breaks some, with a sentence for each.
     """
     faults = [*_of_network(network), *(fault for block in network.blocks for fault in _of_block(block))]
     if faults := faults or [*_of_groups(network)]:  # these ask their blocks
-        raise CompilerError(f"the network of `{network.spec.name}` on {network.model.name}", faults)
+        told = f"the network of `{network.spec.name}` on {network.model.name} contradicts itself"
+        raise InternalError("\n    ".join([f"{told}:", *faults[:MAX_SHOWN]]))
 
 
 def _of_network(network: Network) -> Iterator[str]:

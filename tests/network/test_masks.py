@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tensorpeft.language.errors import CompilerError, SpecError
+from tensorpeft.language.errors import InternalError, SpecError
 from tensorpeft.language.keywords import MASK_RULES
 from tensorpeft.language.loader import load_spec
 from tensorpeft.language.spec import MaskRule
@@ -377,7 +377,7 @@ def test_every_rule_of_the_language_keeps_something(name: str) -> None:
 
 def test_a_rule_that_is_unknown_here_keeps_nothing() -> None:
     known = replace(rule("keep(1)"), rule=Call("block", (Number(4),)))
-    with pytest.raises(CompilerError, match=r"`block\(4\)` is a rule that keeps nothing"):
+    with pytest.raises(InternalError, match=r"`block\(4\)` of `B` is a mask rule that keeps nothing"):
         kept_of(known, ("query", 0), 32, 0)
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tensorpeft.language.errors import CompilerError, SpecError
+from tensorpeft.language.errors import InternalError, SpecError
 from tensorpeft.language.keywords import INITIALISERS
 from tensorpeft.language.syntax import Call, Name, Number
 from tensorpeft.model.cards import model_shape
@@ -296,5 +296,5 @@ def test_every_initialiser_of_the_language_has_numbers_of_its_own() -> None:
 
 def test_an_initialiser_that_is_unknown_here_draws_nothing() -> None:
     block = network_of(PAIR.format("normal(0.02)")).blocks[-1]
-    with pytest.raises(CompilerError, match=r"`truncated_normal\(0.02\)` is an initialiser that draws nothing"):
+    with pytest.raises(InternalError, match=r"`truncated_normal\(0.02\)` of `A` is an initialiser that draws nothing"):
         list(initial_values(replace(block, init=Call("truncated_normal", block.init.args)), 0))

@@ -6,7 +6,6 @@ Exit codes: 0 done, 2 the user's input is wrong, 1 anything else.
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from errno import EPIPE
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tensorpeft import __version__
+from tensorpeft.checkpoint.whole import write_whole
 from tensorpeft.language.errors import SpecError, TensorpeftError
 from tensorpeft.language.loader import load_spec
 from tensorpeft.language.overrides import parse_override
@@ -296,9 +296,4 @@ def _write(path: Path, content: str) -> None:
     if path.exists() and not path.is_file():
         path.write_text(content, encoding="utf-8")
         return
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(content, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole(path, content.encode())

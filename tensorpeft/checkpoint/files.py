@@ -6,13 +6,11 @@ pickle, no name that is imported or looked up, and each tensor is held to the sh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from secrets import token_hex
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor, header_text, parse_header
+from tensorpeft.checkpoint.whole import write_whole
 from tensorpeft.language.errors import CheckpointError, SpecError, did_you_mean, listing
 
 FILE = "adapter.safetensors"
@@ -52,15 +51,7 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     masks = {_MASK + name: torch.from_numpy(kept) for name, kept in (indices or {}).items()}
     content = serialise({**tensors, **masks}, {_KEY: header_text(header)})
-    temporary = folder / f".{FILE}.{token_hex(8)}"
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(folder / FILE, content)
     return folder / FILE
 
 

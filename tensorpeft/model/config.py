@@ -32,6 +32,13 @@ class Sizes:
             self._known[name] = self._compute(name, self._rules[name])
         return self._known[name]
 
+    @property
+    def config_keys(self) -> set[str]:
+        """What the rules may read of a config."""
+        keys = {key for rule in self._rules.values() if isinstance(rule, dict) for key in rule}
+        named = (e.names for rule in self._rules.values() for e in _alternatives(rule))
+        return keys.union(*named)
+
     def value(self, rule: str | int) -> int:
         """Arithmetic over the sizes."""
         expression = _expression(str(rule))
@@ -48,10 +55,8 @@ class Sizes:
             if not unknown:
                 return self._whole(name, expression, {key: self._key(key) for key in keys})
             missing += unknown
-        read = {
-            key for other in self._rules.values() for expression in _alternatives(other) for key in expression.names
-        }
-        raise ModelError(f"the config has no `{missing[0]}`{did_you_mean(missing[0], self._config.keys() - read)}")
+        unread = self._config.keys() - self.config_keys
+        raise ModelError(f"the config has no `{missing[0]}`{did_you_mean(missing[0], unread)}")
 
     def _whole(self, name: str, expression: Expression, keys: Mapping[str, int]) -> int:
         values = {**{other: self[other] for other in sorted(expression.names - keys.keys())}, **keys}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -165,6 +166,12 @@ class Parameter:
     path: str
     count: int
     kinds: frozenset[str] = frozenset()  # the words of `train:` that mean it: biases, norms, head
+    others: tuple[str, ...] = ()  # the further paths of one that several modules share
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The paths that sites have of it, if it is the weight of any (see ``Site.path``)."""
+        return tuple(path.removesuffix(".weight") for path in (self.path, *self.others))
 
 
 @dataclass(frozen=True)
@@ -178,3 +185,20 @@ class ModelShape:
     family: str | None = None  # the model type whose table gave the roles
     model_class: str | None = None  # the class that `n_parameters` counts, "LlamaForCausalLM"
     parameters: tuple[Parameter, ...] = ()  # each once, however many modules share it
+
+    def __str__(self) -> str:
+        of_class = f" of {self.model_class}" if self.model_class else ""
+        family = f", family {self.family}" if self.family else ""
+        lines = [f"model {self.name}: {self.n_parameters:,} parameters{of_class}{family}"]
+        lines.append(f"  sizes {', '.join(f'{name}={size}' for name, size in self.sizes)}")
+        alike: dict[str, list[Site]] = {}
+        for site in self.sites:
+            kind = "" if site.kind == "linear" else f", {site.kind}"
+            alike.setdefault(f"{site.matrix} {site.d_out} x {site.d_in}{kind}", []).append(site)
+        for told, sites in alike.items():
+            lines.append(f"  {told}: {len(sites)} site{'s' * (len(sites) > 1)} like {sites[0].path}")
+        counts: Counter[str] = Counter()
+        for parameter in self.parameters:
+            counts.update(dict.fromkeys(parameter.kinds, parameter.count))
+        lines += [f"  {kind}: {count:,} parameters" for kind, count in sorted(counts.items())]
+        return "\n".join(lines)

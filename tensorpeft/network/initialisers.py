@@ -7,7 +7,7 @@ from math import sqrt
 
 import numpy as np
 
-from tensorpeft.language.errors import fail, listing
+from tensorpeft.language.errors import InternalError, fail, listing
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Call, Name
 from tensorpeft.model.shape import Key
@@ -65,8 +65,10 @@ def initial_values(block: Block, seed: int) -> Iterator[tuple[Key, np.ndarray | 
                 yield key, orthonormal(random.standard_normal(state, np.ix_(*map(np.arange, shape))))[tuple(places)]
             case "normal":
                 yield key, random.standard_normal(state, places) * _scale(init, block, key)
-            case _:
+            case "uniform" | "kaiming_uniform" | "xavier_uniform":
                 yield key, (2.0 * random.uniform(state, places) - 1.0) * _scale(init, block, key)
+            case _:
+                raise InternalError(f"`{init}` of `{block.name}` is an initialiser that draws nothing")
 
 
 def _places(block: Block, key: Key) -> list[np.ndarray]:
@@ -127,22 +129,17 @@ def _scale(init: Call, block: Block, key: Key) -> float:
     options = dict(init.options)
     sizes = {axis.mode: axis.size for axis in block.free_axes}
     order = list(sizes)
-    match init.name:
-        case "kaiming_uniform":
-            a = float(options["a"].evaluate({})) if "a" in options else 0.0
-            chosen = options.get("fan")
-            if isinstance(chosen, Name) and chosen.name not in sizes:
-                raise fail(
-                    f"`fan` is `{chosen}`, which is bound to sites; expected one of {listing(order)}", chosen.span
-                )
-            fan = sizes[chosen.name] if isinstance(chosen, Name) else sizes[order[-1]] if order else 1
-            return sqrt(6.0 / ((1.0 + a * a) * fan))
-        case "xavier_uniform":
-            return sqrt(6.0 / sum(sizes[mode] for mode in order[-2:])) if order else 1.0
-        case _:  # uniform(bound), normal(std)
-            value = float(init.args[0].evaluate(block.names[key])) if init.args else 1.0
-            if value <= 0:
-                raise fail(
-                    f"`{init}` is {value:g} for `{block.name}` and draws nothing; expected more than 0", init.span
-                )
-            return value
+    if init.name == "kaiming_uniform":
+        a = float(options["a"].evaluate({})) if "a" in options else 0.0
+        chosen = options.get("fan")
+        if isinstance(chosen, Name) and chosen.name not in sizes:
+            message = f"`fan` is `{chosen}`, which is bound to sites; expected one of {listing(order)}"
+            raise fail(message, chosen.span)
+        fan = sizes[chosen.name] if isinstance(chosen, Name) else sizes[order[-1]] if order else 1
+        return sqrt(6.0 / ((1.0 + a * a) * fan))
+    if init.name == "xavier_uniform":
+        return sqrt(6.0 / sum(sizes[mode] for mode in order[-2:])) if order else 1.0
+    value = float(init.args[0].evaluate(block.names[key]))
+    if value <= 0:
+        raise fail(f"`{init}` is {value:g} for `{block.name}` and draws nothing; expected more than 0", init.span)
+    return value

@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from tensorpeft.language.errors import fail
+from tensorpeft.language.errors import InternalError, fail
 from tensorpeft.language.spec import MaskRule
 from tensorpeft.language.syntax import Expression
 from tensorpeft.model.shape import Key, Site
@@ -97,8 +97,10 @@ def kept_indices(
         case "sample":
             assert scores is not None
             return _sample(mask, state, scores.ravel(), mask.count(size))
-        case _:  # where
+        case "where":
             return _where(mask, shape, sizes or {})
+        case _:
+            raise InternalError(f"`{rule.rule}` of `{rule.factor}` is a mask rule that keeps nothing")
 
 
 def _bernoulli(state: int, size: int, p: float, *, alone: bool) -> np.ndarray:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tensorpeft.checkpoint.files import Saved, check_digest, digest, dtype_name, write
-from tensorpeft.checkpoint.fit import mask_digest, stored_name
+from tensorpeft.checkpoint.fit import stored_name
 from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.language.printer import spec_text
@@ -83,4 +83,4 @@ def _of_base(tensor: Tensor) -> SavedFactor:
 def _described(tensor: Tensor, block: Block, seed: int) -> SavedFactor:
     # a change of dtype after attach, or the user's own hand, can make a frozen factor differ from what its seed gives
     stored = not (block.seeded and torch.equal(tensor, initial_tensor(block, seed, tensor.dtype)))
-    return SavedFactor(dtype_name(tensor), tuple(tensor.shape), digest(tensor), stored, mask_digest(block))
+    return SavedFactor(dtype_name(tensor), tuple(tensor.shape), digest(tensor), stored, block.mask_digest)

@@ -16,18 +16,20 @@ IsHead = Callable[[str], bool]
 
 
 def parameters(modules: Mapping[str, nn.Module], is_head: IsHead) -> tuple[Parameter, ...]:
-    """Every parameter of some modules by its first path, of the kinds of all modules that share it."""
+    """The parameters of modules, each once: under its first path, with the kinds and the paths of all that share it."""
     paths: dict[int, str] = {}
     counts: dict[str, int] = {}
     kinds: dict[str, set[str]] = {}
+    others: dict[str, list[str]] = {}
     for module_path, module in modules.items():
         for name, parameter in module.named_parameters(recurse=False):
             here = f"{module_path}.{name}".removeprefix(".")
             path = paths.setdefault(id(parameter), here)
             counts[path] = parameter.numel()
+            others.setdefault(path, []).extend([here] * (here != path))
             found = {"norms": is_norm(module), "biases": "bias" in name, "head": is_head(here)}
             kinds.setdefault(path, set()).update(kind for kind, true in found.items() if true)
-    return tuple(Parameter(path, counts[path], frozenset(kinds[path])) for path in counts)
+    return tuple(Parameter(path, counts[path], frozenset(kinds[path]), tuple(others[path])) for path in counts)
 
 
 def head_of(modules: Mapping[str, nn.Module], sites: Iterable[Site], sizes: Mapping[str, int]) -> IsHead:

@@ -1,6 +1,9 @@
 """The command line: one function per command.
 
 Exit codes: 0 done, 2 the user's input is wrong, 1 anything else.
+
+Each command imports what it needs where it needs it, since most of the time that a command takes is spent on imports: `--help`
+loads click alone, `check` the language, `report` what counts; torch is left to `explain`, which shows code.
 """
 
 from __future__ import annotations
@@ -18,20 +21,12 @@ import click
 from tensorpeft import __version__
 from tensorpeft.checkpoint.whole import write_whole
 from tensorpeft.language.errors import SpecError, TensorpeftError
-from tensorpeft.language.loader import load_spec
-from tensorpeft.language.overrides import parse_override
-from tensorpeft.language.printer import spec_text
-from tensorpeft.language.shipped import method_paths
-from tensorpeft.network.network import Network
-from tensorpeft.pipeline import front, shape_of
-from tensorpeft.reporting.comparison import Comparison
-from tensorpeft.reporting.counting import report_of
-from tensorpeft.reporting.page import Listing, Page
-from tensorpeft.reporting.sweep import cases, row
-from tensorpeft.reporting.sweep import sweep as swept
 
 if TYPE_CHECKING:
+    from tensorpeft.model.shape import ModelShape
+    from tensorpeft.network.network import Network
     from tensorpeft.planning.plan import Plan
+    from tensorpeft.reporting.page import Listing, Page
 
 _FORMATS = ("text", "json", "md", "html")
 _UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
@@ -127,6 +122,8 @@ def check(specs: Sequence[str], form: str) -> None:
 
 
 def _refusal(spec: str) -> SpecError | None:
+    from tensorpeft.language.loader import load_spec
+
     try:
         load_spec(spec)
     except SpecError as refusal:
@@ -150,6 +147,9 @@ def expand(spec: str) -> None:
 
     A shorthand becomes the update that it stands for; every default is told.
     """
+    from tensorpeft.language.loader import load_spec
+    from tensorpeft.language.printer import spec_text
+
     click.echo(spec_text(load_spec(spec)), nl=False)
 
 
@@ -163,10 +163,15 @@ def report(specs: Sequence[str], model: str, settings: Sequence[str], form: str,
 
     One spec gives its whole report; several specs, or several values, a table with a row each.
     """
+    from tensorpeft.pipeline import shape_of
+    from tensorpeft.reporting.comparison import Comparison
+    from tensorpeft.reporting.counting import report_of
+    from tensorpeft.reporting.sweep import row
+
     shape = shape_of(model)
     given = list(product(specs, _choices(settings)))
     if len(given) == 1:
-        plan = front(load_spec(specs[0], *map(parse_override, given[0][1])), shape)
+        plan = _planned(specs[0], given[0][1], shape)
         _deliver(report_of(plan), form, output, plan.network)
     else:
         _deliver(Comparison(tuple(row(spec, chosen, shape) for spec, chosen in _watched(given))), form, output)
@@ -196,6 +201,11 @@ def sweep(
         raise click.UsageError("Give --set or --budget.")
     if budgets and any(setting.partition("=")[0].partition(".")[0] == "rank" for setting in settings):
         raise click.UsageError("--budget finds the rank; leave it out of --set.")
+    from tensorpeft.language.shipped import method_paths
+    from tensorpeft.pipeline import shape_of
+    from tensorpeft.reporting.sweep import cases
+    from tensorpeft.reporting.sweep import sweep as swept
+
     given = cases(specs or tuple(method_paths()), _choices(settings), budgets)
     found = swept(_watched(given), shape_of(model))
     if not found.rows:
@@ -224,9 +234,10 @@ def explain(spec: str, model: str, settings: Sequence[str], form: str, output: P
 
     As text, JSON, Markdown or HTML; the network alone as a picture: `-o FILE.svg`.
     """
+    from tensorpeft.pipeline import shape_of
     from tensorpeft.reporting.explanation import explanation
 
-    plan = front(load_spec(spec, *map(parse_override, settings)), shape_of(model))
+    plan = _planned(spec, settings, shape_of(model))
     code: tuple[Listing, ...] = ()
     if form != "svg":
         try:
@@ -238,9 +249,19 @@ def explain(spec: str, model: str, settings: Sequence[str], form: str, output: P
     _deliver(explanation(plan, code), form, output, plan.network)
 
 
+def _planned(spec: str, settings: Iterable[str], shape: ModelShape) -> Plan:
+    """The plan of a spec with some of its keys set."""
+    from tensorpeft.language.loader import load_spec
+    from tensorpeft.language.overrides import parse_override
+    from tensorpeft.pipeline import front
+
+    return front(load_spec(spec, *map(parse_override, settings)), shape)
+
+
 def _code(plan: Plan) -> Iterator[Listing]:
     """The emitted functions: the prologue, and those of every kind of input set."""
     from tensorpeft.emission.emit import emit
+    from tensorpeft.reporting.page import Listing
 
     yield from (Listing(title, code) for title, code in emit(plan).listings())
 

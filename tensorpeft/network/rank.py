@@ -6,8 +6,6 @@ from collections.abc import Mapping
 from math import log, prod
 from typing import Any
 
-import networkx as nx
-
 from tensorpeft.network.graph import graph, modes
 from tensorpeft.network.network import Group, Network, Term
 
@@ -44,6 +42,8 @@ def _cut(term: Term, costs: Mapping[Any, int]) -> dict[str | int, int]:
     copy tensor is cut once). A factor of few entries is a sum of as many tensors that have no mode left, so it may be cut at
     their number; other factors cannot be cut. Site modes are fixed at a site and do not count.
     """
+    import networkx as nx  # late: a fifth of a second to import, and counting needs no cut
+
     network = graph(term)
     joining = sorted(modes(network, "input", "output", "bond"))
     flow = nx.DiGraph()

@@ -9,9 +9,6 @@ import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 
-import networkx as nx
-import opt_einsum
-
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.network import Term
 from tensorpeft.network.rank import minimum_cut
@@ -79,6 +76,8 @@ def _one_by_one(term: Term) -> Order:
 
 def _distances(term: Term, cut: set[str]) -> dict[int, int]:
     """How far each operand is from the input, those alone that are joined to it by modes outside the cut."""
+    import networkx as nx  # late: a fifth of a second to import; a network without a plan needs none of it
+
     graph = nx.Graph()
     graph.add_edges_from(("input", mode) for mode in term.d_in if mode not in cut)
     graph.add_node("input")
@@ -107,8 +106,10 @@ def contract_path(
     inputs: list[tuple[str, ...]], output: tuple[str, ...], sizes: Mapping[str, int], *, few: int = _FEW
 ) -> tuple[Path, int]:
     """opt_einsum's path through tensors of these modes, pair by pair, and its FLOPs."""
+    from opt_einsum import get_symbol  # late, as in `_search`
+
     known = dict.fromkeys(mode for each in inputs for mode in each)
-    letter = {mode: opt_einsum.get_symbol(number) for number, mode in enumerate(known)}
+    letter = {mode: get_symbol(number) for number, mode in enumerate(known)}
     left, right = (["".join(letter[mode] for mode in each) for each in group] for group in (inputs, [output]))
     shapes = tuple(tuple(sizes[mode] for mode in each) for each in inputs)
     return _search(f"{','.join(left)}->{right[0]}", shapes, len(shapes) <= few)
@@ -117,6 +118,8 @@ def contract_path(
 @cache
 def _search(equation: str, shapes: tuple[tuple[int, ...], ...], exhaustive: bool) -> tuple[Path, int]:
     """The better of two searches: by itself neither finds the best path always."""
+    import opt_einsum  # late: it brings every backend that it knows, and a count needs no path
+
     searches = ("optimal" if exhaustive else "auto", "dp" if len(shapes) <= _MANY else "auto-hq")
     found = [opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search) for search in searches]
     path, info = min(found, key=lambda each: int(each[1].opt_cost))

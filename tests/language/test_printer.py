@@ -62,7 +62,10 @@ def test_other_yaml_readers_read_it_too(name: str) -> None:
 
 
 def test_the_text_is_the_same_in_another_process() -> None:
-    code = "import sys; from tensorpeft.language import load, text; print(text.spec_text(load.load_spec(sys.argv[1])), end='')"
+    code = (
+        "import sys; from tensorpeft.language.loader import load_spec; from tensorpeft.language.printer import spec_text; "
+        "print(spec_text(load_spec(sys.argv[1])), end='')"
+    )
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code, "vera"]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

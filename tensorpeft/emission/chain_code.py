@@ -109,24 +109,12 @@ class StrandCode:
         return Named(node, piece.axes)
 
     def _build(self, link: int, met: Met) -> Named:
-        """Contract the pieces of a link pair by pair; ``_built`` keeps them and what comes of each step."""
+        """The tensor of a link, of its pieces; ``_built`` keeps them and what comes of each step."""
         self._built[link] = made = [self._piece(self._first[link] + n) for n in range(len(met.pieces))]
-        for picked, needed in self._steps(met, made):
-            made.append(self.code.contract(made[picked[0]], made[picked[1]], needed))
+        for step in met.link.steps:
+            one, other = step.inputs
+            made.append(self.code.contract(made[one], made[other], (SITE, *step.result)))
         return made[-1]
-
-    def _steps(self, met: Met, made: list[Named]) -> list[tuple[tuple[int, int], set[str]]]:
-        """Which two tensors each step of a path contracts, and which modes it keeps."""
-        steps, live = [], list(range(len(met.pieces)))
-        modes = [set(tensor.modes) for tensor in made[: len(live)]]
-        for step in met.link.path:
-            first, second = (live[i] for i in step)
-            live = [n for i, n in enumerate(live) if i not in step]
-            needed = {SITE, *met.link.modes}.union(*(modes[n] for n in live))
-            modes.append((modes[first] | modes[second]) & needed)
-            live.append(len(modes) - 1)
-            steps.append(((first, second), needed))
-        return steps
 
     # Forward
 
@@ -274,14 +262,13 @@ class StrandCode:
             self._unbuild(link, met, self._whole[link].found)
 
     def _unbuild(self, link: int, met: Met, gradient: Named) -> None:
-        made, n_pieces = self._built[link], len(met.pieces)
-        steps = self._steps(met, made)
+        made, n_pieces, pairs = self._built[link], len(met.pieces), met.link.pairs
         wanted = [piece.trainable for piece in met.pieces]
-        for (one, other), _ in steps:
+        for one, other in pairs:
             wanted.append(wanted[one] or wanted[other])
         arrived = {len(made) - 1: gradient}
         for number in range(len(made) - 1, n_pieces - 1, -1):
-            (one, other), _ = steps[number - n_pieces]
+            one, other = pairs[number - n_pieces]
             for mine, its in ((one, other), (other, one)):
                 if wanted[mine] and mine < n_pieces:
                     self._deliver(self._first[link] + mine, met.pieces[mine], arrived[number], made[its])

@@ -194,16 +194,12 @@ class PrologueCode:
         if key in self._products:
             return self._products[key]
         operands = [term.operands[i] for i in link.operands]
-        live = [(self._gathered(group, operand), operand_modes(group, operand)) for operand in operands]
-        goal = (*axes, *link.batch, *link.new, *link.contracted)
-        for step in link.path:
-            picked = [live[i] for i in step]
-            live = [each for i, each in enumerate(live) if i not in step]
-            needed = {*goal, *(mode for _, modes in live for mode in modes)}
-            modes = goal if not live else tuple(dict.fromkeys(m for _, ms in picked for m in ms if m in needed))
-            equation = ops.equation([ms for _, ms in picked], modes)
-            live.append((self._call(torch.einsum, equation, *(node for node, _ in picked)), modes))
-        node = live[0][0]
+        made = [self._gathered(group, operand) for operand in operands]
+        goal = (*axes, *link.batch, *link.new, *link.contracted)  # what the sites want to find in memory
+        for step in link.steps:
+            equation = ops.equation([step.left, step.right], goal if step is link.steps[-1] else step.result)
+            made.append(self._call(torch.einsum, equation, *(made[number] for number in step.inputs)))
+        node = made[-1]
         if not axes:
             node = self._call("unsqueeze", node, 0)
         elif len(axes) > 1:

@@ -36,6 +36,10 @@ class AdapterError(TensorpeftError):
     """A call that does not fit the state an adapter is in."""
 
 
+class InternalError(RuntimeError):
+    """A value of the compiler that contradicts itself: a fault of this library, not of what it was given."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One sentence about one place of a spec."""

@@ -29,7 +29,8 @@ from tensorpeft.planning.cost import Built, Cost, chain_cost, copies, prologue_k
 from tensorpeft.planning.orders import TOKEN, activation, contract_path, orders
 from tensorpeft.planning.regime import Regime
 from tensorpeft.planning.shared_inputs import InputSet, bundles_of, input_sets
-from tensorpeft.planning.weight_sites import apart_chains
+from tensorpeft.planning.verify import verify_chain, verify_prologue, verify_sets, verify_sites
+from tensorpeft.planning.weight_sites import apart_chains, some_sites
 
 __all__ = [
     "SITE",
@@ -81,7 +82,7 @@ class Plan:
     def order(self) -> tuple[object, ...]:
         """What of it the emitted code depends on; the regime's figures are not part of it."""
         chains = [(planned.group.at, each) for planned in self.groups for each in planned.chains]
-        return tuple((at, *((link.operands, link.path, link.at_site) for link in each.links)) for at, each in chains)
+        return tuple((at, *((link.operands, link.pairs, link.at_site) for link in each.links)) for at, each in chains)
 
     @property
     def held(self) -> int:
@@ -114,6 +115,22 @@ class Plan:
         """FLOPs per token of the site programs alone, rounded up."""
         return -(-sum(g.site_flops for g in self.groups) // self.regime.tokens)
 
+    def verify(self) -> None:
+        """Check that the plan does what its network says.
+
+        Raises:
+            InternalError: a chain or a step contracts something else, an input set has other sites, or FLOPs do not add up.
+        """
+        built: Built = set()
+        for planned in self.groups:
+            group = planned.group
+            verify_sites(group, planned.bundles)
+            whole = group if group.kind == "linear" else some_sites(group, range(len(group.sites)))
+            for term, each in zip(whole.terms, planned.chains, strict=True):
+                verify_chain(whole, term, each, self.regime.tokens)
+            verify_prologue(whole, planned.chains, planned.prologue_flops, built)
+        verify_sets(self.sets, [(planned.group, planned.bundles) for planned in self.groups])
+
     def __str__(self) -> str:
         regime = self.regime
         lines = [
@@ -133,7 +150,9 @@ class Plan:
 def _told(plan: GroupPlan) -> Iterator[str]:
     yield f"  {_sites(plan)}: {plan.prologue_flops:,} beforehand"
     for each, term in zip(plan.chains, plan.group.terms, strict=True):
-        yield from (f"    {_line(link, term)}" for link in each.links)
+        for link in each.links:
+            yield f"    {_line(link, term)}"
+            yield from (f"      {line}" for line in _step_lines(link, term))
 
 
 def _sites(plan: GroupPlan) -> str:
@@ -154,6 +173,19 @@ def _line(link: Link, term: Term) -> str:
     if link.at_site:
         said.append(f"built there for {link.building:,}")
     return f"{steps}  by {tensor} ({shape}): {', '.join(said)}"
+
+
+def _step_lines(link: Link, term: Term) -> Iterator[str]:
+    """How a link's tensor is made: ``A[d_in, r] * B[r, s] -> A.B[d_in, s]``, with the FLOPs."""
+    made: list[tuple[int, ...]] = [(i,) for i in link.operands]
+    for step in link.steps:
+        made.append(tuple(sorted(i for number in step.inputs for i in made[number])))
+        tensors = ((made[step.inputs[0]], step.left), (made[step.inputs[1]], step.right), (made[-1], step.result))
+        left, right, result = (
+            f"{'.'.join(term.operands[i].factor for i in operands)}[{', '.join(mode.strip('<>') for mode in modes)}]"
+            for operands, modes in tensors
+        )
+        yield f"{left} * {right} -> {result}: {step.flops:,}"
 
 
 def plan(network: Network, regime: Regime = Regime(), *, alone: bool = True) -> Plan:

@@ -154,3 +154,12 @@ def test_a_plan_prints_its_links() -> None:
     assert "64 sites like query of layer 0" in text
     assert "64 sites like query of layer 0 (model.layers.0.self_attn.q_proj), 32 times 2 with one input" in text
     assert "token d_in -> token site r  by A (d_in=4096, r=8)" in text
+
+
+def test_a_plan_prints_the_steps_of_a_link() -> None:
+    spec = tp.load_spec(
+        "tensorpeft: 1\ntarget: {matrices: [query]}\nrank: {a: 8, b: 8}\n"
+        "update: B[layer, d_out, b] * C[layer, a, b] * A[layer, a, d_in]\nfactors: {B: {init: zeros}}"
+    )
+    text = str(front(spec, LLAMA, Regime(4096, gradients=False)))
+    assert f"      C[layer, a, b] * A[layer, a, d_in] -> C.A[layer, d_in, b]: {2 * 32 * 8 * 8 * 4096:,}" in text

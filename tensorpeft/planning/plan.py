@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from tensorpeft.network.network import Group, Network, Term
 from tensorpeft.planning.base_product import through_base
@@ -26,6 +27,7 @@ from tensorpeft.planning.chain import (
     site_sizes,
 )
 from tensorpeft.planning.cost import Built, Cost, chain_cost, copies, prologue_key
+from tensorpeft.planning.norms import NormPlan, norm_plans
 from tensorpeft.planning.orders import TOKEN, activation, contract_path, orders
 from tensorpeft.planning.regime import Regime
 from tensorpeft.planning.shared_inputs import InputSet, bundles_of, input_sets
@@ -39,7 +41,6 @@ __all__ = [
     "GroupPlan",
     "Link",
     "Plan",
-    "dense_plan",
     "operand_modes",
     "plan",
     "site_axes",
@@ -77,6 +78,11 @@ class Plan:
     regime: Regime
     groups: tuple[GroupPlan, ...]
     sets: tuple[InputSet, ...]
+
+    @cached_property
+    def norms(self) -> tuple[NormPlan, ...]:
+        """How the norms are taken that magnitudes are divided by, once for each forward pass; ``flops`` are without them."""
+        return norm_plans(self.network.groups, self.regime)
 
     @property
     def order(self) -> tuple[object, ...]:
@@ -144,6 +150,7 @@ class Plan:
         for first, *others in alike.values():
             lines.append(first)
             lines += [f"  and {len(others)} groups of other sizes"] if others else []
+        lines += map(str, self.norms)
         return "\n".join(lines)
 
 
@@ -209,14 +216,6 @@ def plan(network: Network, regime: Regime = Regime(), *, alone: bool = True) -> 
 def _through_base(network: Network) -> tuple[Group, ...]:
     parts = (through_base(group) if group.kind == "linear" else (group,) for group in network.groups)
     return tuple(part for each in parts for part in each)
-
-
-def dense_plan(group: Group) -> GroupPlan:
-    """DW itself: one link for each product, whatever it costs."""
-    bundles = tuple((number,) for number in range(len(group.sites)))
-    orders = [(tuple(range(len(term.operands))),) for term in group.terms]
-    chains = tuple(chain(group, term, order, 1, bundles) for term, order in zip(group.terms, orders, strict=True))
-    return GroupPlan(group, chains, bundles, sum(link.prologue_flops for each in chains for link in each.links))
 
 
 def _plan_apart(group: Group, regime: Regime) -> GroupPlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,21 @@ def base_weight(adapter: Adapter, module: nn.Module, site: Site) -> Tensor:  # s
     if site.rows is None:
         return weight
     return _rows(weight.t(), site.rows).t()
+
+
+def attached_weight(adapter: Adapter) -> Callable[[Site], Tensor]:
+    """``base_weight`` at the sites of the model that an adapter is attached to.
+
+    Raises:
+        AdapterError: when it is called, the adapter is not attached.
+    """
+
+    def found(site: Site) -> Tensor:
+        if adapter.attachment is None:
+            raise AdapterError(f"adapter `{adapter.name}` is not attached to a model, so there is no `W`")
+        return base_weight(adapter, adapter.attachment.model.get_submodule(site.module), site)
+
+    return found
 
 
 def product_of(module: nn.Module, site: Site, y: Tensor) -> Tensor:  # shape: (..., d_out) of the site

@@ -104,9 +104,15 @@ def stacked(
 ) -> tuple[Tensor, ...]:
     """The stacks as they are, (rows, ...) each."""
     kind = factors[0].device.type
-    factors = [factor if over is None else factor / over for factor, over in zip(factors, norms, strict=True)]
+    factors = [factor if over is None else quotient(factor, over) for factor, over in zip(factors, norms, strict=True)]
     with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
         return tuple(stack.to(device) for stack in code.forward(dtype, *factors, *indices))
+
+
+def quotient(magnitude: Tensor, norms: Tensor) -> Tensor:
+    """A magnitude over its norms, as it stands in products; one where the norm is zero, and no gradient there."""
+    zero = norms == 0
+    return (magnitude / norms.masked_fill(zero, 1)).masked_fill(zero, 1)
 
 
 def _rows(stacks: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:

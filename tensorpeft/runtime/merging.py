@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from tensorpeft.language.errors import AdapterError, did_you_mean
 from tensorpeft.model.shape import Site
-from tensorpeft.runtime.base_weight import Held, held
-from tensorpeft.runtime.dense import GroupCode, GroupUpdates
+from tensorpeft.runtime.base_weight import Held, attached_weight, held
+from tensorpeft.runtime.delta_weight import DeltaWeight
 from tensorpeft.runtime.hooks import adapters
 
 if TYPE_CHECKING:
@@ -39,11 +39,9 @@ class Updates:
     def __init__(self, adapter: Adapter, task: int | None) -> None:
         _check_task(adapter, task)
         self.adapter, self.task, self._value = adapter, task, adapter.magnitudes.over_norms()
-        self.places: dict[str, list[tuple[int, int]]] = {}
-        for number, group in enumerate(adapter.network.groups):
-            for n, site in enumerate(group.sites):
-                self.places.setdefault(site.path, []).append((number, n))
-        self.groups: dict[int, GroupUpdates] = {}
+        self.places: dict[str, Site] = {}
+        for site in adapter.network.sites:
+            self.places.setdefault(site.path, site)
 
     def site(self, path: str) -> Site:
         """The first site that lies in a weight."""
@@ -51,26 +49,12 @@ class Updates:
             paths = list(self.places)
             hint = did_you_mean(path, paths) or f"; one that has is `{paths[0]}`"
             raise AdapterError(f"adapter `{self.adapter.name}` has no site at `{path}`{hint}")
-        group, number = self.places[path][0]
-        return self.adapter.network.groups[group].sites[number]
+        return self.places[path]
 
     def of(self, path: str) -> Tensor:  # shape: (d_out, d_in), or (experts, d_out, d_in)
         """The update of a weight, gathered from the sites that lie in it."""
-        first = self.site(path)
-        if first.kind != "linear":
-            attachment = self.adapter.attachment
-            module = attachment.model.get_submodule(first.module) if attachment is not None else None
-            return self.adapter.apart.delta(path, module)
-        like = self.adapter.factors[self.adapter.network.blocks[0].name]
-        dense = torch.zeros(first.module_d_out, first.d_in, dtype=like.dtype, device=like.device)
-        for group, number in self.places[path]:
-            if group not in self.groups:
-                code = GroupCode(self.adapter.plan, self.adapter.network.groups[group])
-                self.groups[group] = GroupUpdates(self.adapter, code, self.task, self._value)
-            site = self.adapter.network.groups[group].sites[number]
-            rows = torch.from_numpy(site.row_indices()).to(dense.device)
-            dense.index_add_(0, rows, self.groups[group].at(number))
-        return dense
+        self.site(path)
+        return DeltaWeight(self.adapter.network, path)(self._value, attached_weight(self.adapter), self.task)
 
 
 def _check_task(adapter: Adapter, task: int | None) -> None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.runtime.base_weight import Held, held
+from tensorpeft.runtime.base_weight import Held, base_weight, held
+from tensorpeft.runtime.delta_weight import DeltaWeight
 from tensorpeft.runtime.factor_cache import is_traced
 from tensorpeft.runtime.pairs import PairUpdate
-from tensorpeft.runtime.whole_weight import WholeUpdate
 
 if TYPE_CHECKING:
     from tensorpeft.runtime.adapter import Adapter
@@ -30,12 +30,12 @@ class Apart:
             if site.kind in ("conv", "embedding")
         }
         paths = {site.path: None for site in adapter.sites if site.kind == "parameter"}
-        self._wholes = {path: WholeUpdate(adapter, path) for path in paths}
+        self._wholes = {path: DeltaWeight(adapter.network, path) for path in paths}
         self._replaced = {path: _Turn() for path in paths}
 
     def place(self, device: torch.device) -> None:
         """Put constants on a device."""
-        updates: list[PairUpdate | WholeUpdate] = [*self._pairs.values(), *self._wholes.values()]
+        updates: list[PairUpdate | DeltaWeight] = [*self._pairs.values(), *self._wholes.values()]
         for index in (index for update in updates for index in update.constants()):
             index.on(device)
 
@@ -57,12 +57,6 @@ class Apart:
         """The output y of a convolution or an embedding for its input, with the update added."""
         return self._pairs[path](module, x, y)
 
-    def delta(self, path: str, module: nn.Module | None) -> Tensor:  # shape: (d_out, d_in), or (experts, d_out, d_in)
-        """The update of a whole weight."""
-        if path not in self._wholes:
-            self._wholes[path] = WholeUpdate(self.adapter, path)
-        return self._wholes[path].matrix(module)
-
     def replace(self, path: str, module: nn.Module) -> None:
         """Let a module find, in place of a weight, the weight with the update added.
 
@@ -71,7 +65,8 @@ class Apart:
         """
         self._replaced[path].take()
         try:
-            change = self.delta(path, module)
+            factors, delta = self.adapter.factors, self._wholes[path]
+            change = delta(factors.__getitem__, lambda site: base_weight(self.adapter, module, site))
             weight = held(module, self._wholes[path].site)
             now: Any = weight.parameter
             own = weight.module.__dict__

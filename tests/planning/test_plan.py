@@ -13,8 +13,9 @@ from tensorpeft.model.shape import ModelShape
 from tensorpeft.network.lower import lower
 from tensorpeft.network.network import Network, Term
 from tensorpeft.pipeline import front
-from tensorpeft.planning.plan import Plan, dense_plan, plan
+from tensorpeft.planning.plan import Plan, plan
 from tensorpeft.planning.regime import Regime
+from tensorpeft.planning.weight_sites import dense_chain
 from tensorpeft.scanning.scan import scan
 from tests.structures import CASES, STRUCTURES, model
 
@@ -140,10 +141,10 @@ def test_what_layers_share_is_made_once() -> None:
     assert all(link.prologue_flops <= 2 * 8 * 8 * WIDTH for link in shared)
 
 
-def test_a_dense_plan_has_one_link_for_each_product() -> None:
+def test_dw_itself_is_one_link_of_every_product() -> None:
     network = network_of("lorta and lora", "llama")
     for group in network.groups:
-        chains = dense_plan(group).chains
+        chains = [dense_chain(group, term) for term in group.terms]
         assert [len(chain.links) for chain in chains] == [1, 1]
         for chain, term in zip(chains, group.terms, strict=True):
             assert chain.links[0].modes == (*term.d_in, *term.d_out)

@@ -111,24 +111,12 @@ class ChainCode:
         return NamedTensor(node, argument.axes)
 
     def _build(self, link: int, stage: Stage) -> NamedTensor:
-        """Contract the arguments of a link pair by pair; ``_built`` keeps them and what comes of each step."""
+        """The tensor of a link, of its arguments; ``_built`` keeps them and what comes of each step."""
         self._built[link] = made = [self._argument(self._first[link] + n) for n in range(len(stage.arguments))]
-        for picked, needed in self._steps(stage, made):
-            made.append(self.code.contract(made[picked[0]], made[picked[1]], needed))
+        for step in stage.link.steps:
+            one, other = step.inputs
+            made.append(self.code.contract(made[one], made[other], (SITE, *step.result)))
         return made[-1]
-
-    def _steps(self, stage: Stage, made: list[NamedTensor]) -> list[tuple[tuple[int, int], set[str]]]:
-        """Which two tensors each step of a path contracts, and which modes it keeps."""
-        steps, live = [], list(range(len(stage.arguments)))
-        modes = [set(tensor.modes) for tensor in made[: len(live)]]
-        for step in stage.link.path:
-            first, second = (live[i] for i in step)
-            live = [n for i, n in enumerate(live) if i not in step]
-            needed = {SITE, *stage.link.modes}.union(*(modes[n] for n in live))
-            modes.append((modes[first] | modes[second]) & needed)
-            live.append(len(modes) - 1)
-            steps.append(((first, second), needed))
-        return steps
 
     # Forward
 
@@ -286,14 +274,13 @@ class ChainCode:
             self._unbuild(link, stage, self._whole[link].found)
 
     def _unbuild(self, link: int, stage: Stage, gradient: NamedTensor) -> None:
-        made, n_arguments = self._built[link], len(stage.arguments)
-        steps = self._steps(stage, made)
+        made, n_arguments, pairs = self._built[link], len(stage.arguments), stage.link.pairs
         wanted = [argument.trainable for argument in stage.arguments]
-        for (one, other), _ in steps:
+        for one, other in pairs:
             wanted.append(wanted[one] or wanted[other])
         arrived = {len(made) - 1: gradient}
         for number in range(len(made) - 1, n_arguments - 1, -1):
-            (one, other), _ = steps[number - n_arguments]
+            one, other = pairs[number - n_arguments]
             for mine, its in ((one, other), (other, one)):
                 if wanted[mine] and mine < n_arguments:
                     self._deliver(self._first[link] + mine, stage.arguments[mine], arrived[number], made[its])

@@ -83,7 +83,7 @@ def listing(name: str, code: fx.GraphModule) -> str:
 
 def emit(plan: Plan) -> Emitted:
     """The code of a plan."""
-    prologue = PrologueCode(plan)
+    prologue = PrologueCode(block.name for block in plan.network.blocks)
     alike: dict[object, list[InputSet]] = defaultdict(list)
     for each in plan.sets:
         alike[_signature(plan, each)].append(each)

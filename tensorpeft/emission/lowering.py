@@ -98,7 +98,7 @@ def lower_chains(plan: GroupPlan, members: int, dropout: dict[str, float]) -> tu
 
 def _of_members(link: Link, members: int) -> Link:
     """A link as its code sees it: whatever it costs, and without SITE where there is one."""
-    link = replace(link, flops=0, building=0)
+    link = replace(link, flops=0)
     if members > 1:
         return link
     before, after = (tuple(mode for mode in modes if mode != SITE) for modes in (link.before, link.after))

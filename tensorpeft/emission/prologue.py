@@ -7,7 +7,7 @@ activations and laid out as the sites want them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import getitem
@@ -27,7 +27,6 @@ from tensorpeft.model.shape import Key
 from tensorpeft.network.network import Block, Group, Operand, Term
 from tensorpeft.planning.chain import ANY_SITE, SITE, Bundles, Link, operand_modes
 from tensorpeft.planning.cost import prologue_key
-from tensorpeft.planning.plan import Plan
 
 _KEY_ORDER = (*SITE_MODES, "site")  # "site" is the axis of a block whose sites fill no grid
 Rows = tuple[int, ...]
@@ -45,12 +44,12 @@ class Part:
 
 
 class PrologueCode:
-    """Builds the prologue's graph."""
+    """Builds the prologue's graph, which takes the blocks of these names."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, names: Iterable[str]) -> None:
         self.graph = fx.Graph()
         self.dtype = self.graph.placeholder("dtype")
-        names = [block.name for block in plan.network.blocks]  # numbered: fx takes `G` and `g` for one name
+        # numbered: fx takes `G` and `g` for one name
         self.inputs = {name: self.graph.placeholder(f"block{n}_{name}") for n, name in enumerate(names)}
         self.indices: dict[object, tuple[fx.Node, Index]] = {}  # that it is given behind the blocks
         self._stacks: dict[tuple[object, ...], int] = {}
@@ -196,16 +195,12 @@ class PrologueCode:
         if key in self._products:
             return self._products[key]
         operands = [term.operands[i] for i in link.operands]
-        live = [(self._gathered(group, operand), operand_modes(group, operand)) for operand in operands]
-        goal = (*axes, *link.batch, *link.new, *link.contracted)
-        for step in link.path:
-            picked = [live[i] for i in step]
-            live = [each for i, each in enumerate(live) if i not in step]
-            needed = {*goal, *(mode for _, modes in live for mode in modes)}
-            modes = goal if not live else tuple(dict.fromkeys(m for _, ms in picked for m in ms if m in needed))
-            equation = ops.equation([ms for _, ms in picked], modes)
-            live.append((self._call(torch.einsum, equation, *(node for node, _ in picked)), modes))
-        node = live[0][0]
+        made = [self._gathered(group, operand) for operand in operands]
+        goal = (*axes, *link.batch, *link.new, *link.contracted)  # what the sites want to find in memory
+        for step in link.steps:
+            equation = ops.equation([step.left, step.right], goal if step is link.steps[-1] else step.result)
+            made.append(self._call(torch.einsum, equation, *(made[number] for number in step.inputs)))
+        node = made[-1]
         if not axes:
             node = self._call("unsqueeze", node, 0)
         elif len(axes) > 1:

@@ -48,7 +48,7 @@ def chain_cost(group: Group, term: Term, chain: Chain, bundles: Bundles, regime:
             continue
         flops += link.prologue_flops
         weight += link.prologue_flops * (3 if regime.gradients and link.trainable else 1)
-        weight += (len(link.path) + 1) * _passes(link, regime) * regime.launch * regime.balance
+        weight += (len(link.steps) + 1) * _passes(link, regime) * regime.launch * regime.balance
         made = copies(term, link) * term.size(link.modes) * (4 if regime.gradients and link.trainable else 2)
         weight += made * regime.number_bytes * regime.balance
     return Cost(flops, weight)
@@ -57,7 +57,7 @@ def chain_cost(group: Group, term: Term, chain: Chain, bundles: Bundles, regime:
 def prologue_key(term: Term, link: Link) -> tuple[object, ...]:
     """What tells the tensors of two links apart: equal keys are one stack of the prologue."""
     return (
-        link.path,
+        link.pairs,
         link.modes,
         *(
             (o.block.name, o.modes, o.sizes, o.keys if o.site_modes else (), _positions(o.take))
@@ -96,7 +96,7 @@ def _building(link: Link, regime: Regime) -> int:
 def _kernels(link: Link, size: int, regime: Regime) -> int:
     """Kernels at one bundle of sites: one for each pass of a link, at the last link for each site."""
     last = not link.shared and SITE not in link.after
-    built = len(link.path) if link.at_site else 0
+    built = len(link.steps) if link.at_site else 0
     return (size if last else 1) * (_passes(link, regime) + built * (4 if regime.gradients and link.trainable else 1))
 
 

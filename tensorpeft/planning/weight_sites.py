@@ -33,6 +33,11 @@ def some_sites(group: Group, numbers: Iterable[int]) -> Group:
     return replace(group, sites=sites, terms=tuple(terms))
 
 
+def dense_chain(group: Group, term: Term) -> Chain:
+    """DW itself, whatever it costs: a chain of one link, built beforehand."""
+    return chain_beforehand(group, term, (tuple(range(len(term.operands))),), 0)
+
+
 def apart_chains(group: Group, regime: Regime) -> tuple[Chain, ...]:
     """The chains of a group of sites that are no linear modules; all tensors are built beforehand."""
     whole = some_sites(group, range(len(group.sites)))
@@ -40,10 +45,9 @@ def apart_chains(group: Group, regime: Regime) -> tuple[Chain, ...]:
 
 
 def _cheapest(group: Group, term: Term, regime: Regime) -> Chain:
-    everything: Order = (tuple(range(len(term.operands))),)
     if group.kind == "parameter":
-        return _built(group, term, everything, 0)
-    found = [_built(group, term, order, regime.tokens) for order in orders(term, regime.tokens, frozenset())]
+        return dense_chain(group, term)
+    found = [chain_beforehand(group, term, order, regime.tokens) for order in orders(term, regime.tokens, frozenset())]
     fitting = [each for each in found if len(each.links) == 1 or _is_pair(each, term)]
     return min(fitting, key=lambda each: _flops(each, len(group.sites), regime))
 
@@ -54,7 +58,7 @@ def _is_pair(found: Chain, term: Term) -> bool:
     return len(found.links) == 2 and not first.batch and {*first.contracted} == {*term.d_in}
 
 
-def _built(group: Group, term: Term, order: Order, tokens: int) -> Chain:
+def chain_beforehand(group: Group, term: Term, order: Order, tokens: int) -> Chain:
     """A chain of tensors that are built beforehand. Rows of an embedding are looked up, not multiplied."""
     found = chain(group, term, order, tokens, tuple((number,) for number in range(len(group.sites))), beforehand=True)
     if group.kind != "embedding":

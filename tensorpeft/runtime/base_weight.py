@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,22 @@ def base_weight(state: State, module: nn.Module, site: Site) -> Tensor:  # shape
     if site.rows is None:
         return weight
     return _rows(weight.t(), site.rows).t()
+
+
+def attached_weight(state: State) -> Callable[[Site], Tensor]:
+    """``base_weight`` at the sites of the model that an adapter is attached to.
+
+    Raises:
+        AdapterError: when it is called, the adapter is not attached.
+    """
+
+    def found(site: Site) -> Tensor:
+        module = state.module_of(site)
+        if module is None:
+            raise AdapterError(f"adapter `{state.name}` is not attached to a model, so there is no `W`")
+        return base_weight(state, module, site)
+
+    return found
 
 
 def own_bits(parameter: Tensor) -> Tensor:

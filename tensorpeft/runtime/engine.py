@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tensorpeft.runtime.autograd import SharedInput
+from tensorpeft.runtime.delta_weight import DeltaWeight
 from tensorpeft.runtime.factor_cache import FactorCache
 from tensorpeft.runtime.magnitudes import Magnitudes
 from tensorpeft.runtime.program_cache import Program, Programs
@@ -36,6 +37,7 @@ class Engine:
         self.magnitudes = Magnitudes(state)
         self.weights = Weights(state)
         self.traced = Traced(state, self.programs, self.magnitudes.norms)
+        self._deltas: dict[str, DeltaWeight] = {}
         self.caches: dict[Program, FactorCache] = {}
         self.shared: dict[Program, list[SharedInput]] = {}
         state.when_alone_changes = self.set_alone
@@ -58,6 +60,12 @@ class Engine:
             self.programs.place(factor.device)
             self.weights.place(factor.device)
             self.magnitudes.place(factor.device)
+
+    def delta_weight(self, path: str) -> DeltaWeight:
+        """The code for dW of one weight."""
+        if path not in self._deltas:
+            self._deltas[path] = DeltaWeight(self.state.network, path)
+        return self._deltas[path]
 
     # Passes
 

@@ -19,6 +19,7 @@ from tensorpeft.language.errors import AdapterError
 from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.gradients import Gradients, token_of
 from tensorpeft.runtime.program_cache import Program
+from tensorpeft.runtime.site_tensors import quotient
 from tensorpeft.runtime.torch_internals import outputs_are_kept, without_dispatch_modes
 
 Norms = Callable[
@@ -187,8 +188,10 @@ def stacked(
 ) -> tuple[Tensor, ...]:
     """The stacks as they are, (rows, ...) each."""
     kind = factors[0].device.type
-    divided = [factor if over is None else factor / over for factor, over in zip(factors, norms, strict=True)]
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # it would round what the factors' own dtype is to be
+    divided = [factor if over is None else quotient(factor, over) for factor, over in zip(factors, norms, strict=True)]
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(
+        kind
+    ):  # it would round what the factors' own dtype is to be
         with torch.autocast(kind, enabled=False):
             found = code.forward(dtype, *divided, *indices)
     else:

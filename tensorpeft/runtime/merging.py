@@ -9,58 +9,29 @@ from torch import Tensor, nn
 
 from tensorpeft.language.errors import AdapterError, did_you_mean
 from tensorpeft.model.shape import Site
-from tensorpeft.runtime.base_weight import WeightPlace, weight_place
-from tensorpeft.runtime.dense import GroupCode, GroupUpdates
+from tensorpeft.runtime.base_weight import WeightPlace, attached_weight, weight_place
 from tensorpeft.runtime.engine import Engine
 from tensorpeft.runtime.ledger import BaseParameter, entry
+from tensorpeft.runtime.site_tensors import Value
 from tensorpeft.runtime.state import Merged, State
 from tensorpeft.runtime.whole import at_exit
 
 
 @torch.no_grad()
-def delta(engine: Engine, module: str, task: int | None) -> Tensor:  # shape: (d_out, d_in)
-    """The update dW of a module."""
-    return Updates(engine, task).of(module)
+def delta(engine: Engine, path: str, task: int | None) -> Tensor:  # shape: (d_out, d_in), or (experts, d_out, d_in)
+    """The update dW of a weight, for the factors as they are."""
+    _check_task(engine.state, task)
+    return _delta(engine, path, task, engine.magnitudes.over_norms())
 
 
-class Updates:
-    """The updates dW of an adapter's weights, for the factors as they are or as they were (``values``)."""
-
-    def __init__(self, engine: Engine, task: int | None, values: dict[str, Tensor] | None = None) -> None:
-        state = engine.state
-        _check_task(state, task)
-        self.engine, self.state, self.task = engine, state, task
-        self._value = engine.magnitudes.over_norms() if values is None else values.__getitem__
-        self.places: dict[str, list[tuple[int, int]]] = {}
-        for number, group in enumerate(state.network.groups):
-            for n, site in enumerate(group.sites):
-                self.places.setdefault(site.path, []).append((number, n))
-        self.groups: dict[int, GroupUpdates] = {}
-
-    def site(self, path: str) -> Site:
-        """The first site that lies in a weight."""
-        if path not in self.places:
-            paths = list(self.places)
-            hint = did_you_mean(path, paths) or f"; one that has is `{paths[0]}`" if paths else ""
-            raise AdapterError(f"adapter `{self.state.name}` has no site at `{path}`{hint}")
-        group, number = self.places[path][0]
-        return self.state.network.groups[group].sites[number]
-
-    def of(self, path: str) -> Tensor:  # shape: (d_out, d_in), or (experts, d_out, d_in)
-        """The update of a weight, gathered from the sites that lie in it."""
-        first = self.site(path)
-        if first.kind != "linear":
-            return self.engine.weights.delta(path, self.state.module_of(first))
-        like = self.state.factors[self.state.network.blocks[0].name]
-        dense = torch.zeros(first.module_d_out, first.d_in, dtype=like.dtype, device=like.device)
-        for group, number in self.places[path]:
-            if group not in self.groups:
-                code = GroupCode(self.state.plan, self.state.network.groups[group])
-                self.groups[group] = GroupUpdates(self.state, code, self.task, self._value)
-            site = self.state.network.groups[group].sites[number]
-            rows = torch.from_numpy(site.row_indices()).to(dense.device)
-            dense.index_add_(0, rows, self.groups[group].at(number))
-        return dense
+def _delta(engine: Engine, path: str, task: int | None, value: Value) -> Tensor:
+    state = engine.state
+    paths = dict.fromkeys(site.path for site in state.network.sites)
+    if not isinstance(path, str) or path not in paths:
+        known = list(paths)
+        hint = did_you_mean(str(path), known) or (f"; one that has is `{known[0]}`" if known else "")
+        raise AdapterError(f"adapter `{state.name}` has no site at `{path}`{hint}")
+    return engine.delta_weight(path)(value, attached_weight(state), task)
 
 
 def _check_task(state: State, task: int | None) -> None:
@@ -95,11 +66,10 @@ class MergedUpdate:
         Raises:
             AdapterError: dW has values that are not finite, or the sum is beyond the range of the weight's dtype.
         """
-        updates = self.merged.cached(lambda: Updates(self.engine, self.merged.task, self.merged.values))
-        change = updates.of(self.path).to(values.device)
+        change = _delta(self.engine, self.path, self.merged.task, self.merged.values.__getitem__).to(values.device)
         if not change.isfinite().all():
             raise AdapterError(f"the update of `{self.path}` has values that are not finite; nothing was merged")
-        site = updates.site(self.path)
+        site = self.engine.delta_weight(self.path).site
         module = self.holder.module_of(site)
         assert module is not None
         place = weight_place(module, site)

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.runtime.base_weight import WeightPlace, weight_place
+from tensorpeft.runtime.base_weight import WeightPlace, base_weight, weight_place
+from tensorpeft.runtime.delta_weight import DeltaWeight
 from tensorpeft.runtime.pairs import PairUpdate
 from tensorpeft.runtime.state import State
-from tensorpeft.runtime.whole_weight import WholeUpdate
 
 if TYPE_CHECKING:
     from tensorpeft.runtime.engine import Engine
@@ -29,12 +29,12 @@ class Weights:
             if site.kind in ("conv", "embedding")
         }
         self._wholes = {
-            site.path: WholeUpdate(state, site.path) for site in state.network.sites if site.kind == "parameter"
+            site.path: DeltaWeight(state.network, site.path) for site in state.network.sites if site.kind == "parameter"
         }
 
     def place(self, device: torch.device) -> None:
         """Put constants on a device."""
-        updates: list[PairUpdate | WholeUpdate] = [*self._pairs.values(), *self._wholes.values()]
+        updates: list[PairUpdate | DeltaWeight] = [*self._pairs.values(), *self._wholes.values()]
         for index in (index for update in updates for index in update.constants()):
             index.on(device)
 
@@ -56,11 +56,10 @@ class Weights:
         """The output y of a convolution or an embedding for its input, with the update added."""
         return self._pairs[path](module, x, y)
 
-    def delta(self, path: str, module: nn.Module | None) -> Tensor:  # shape: (d_out, d_in), or (experts, d_out, d_in)
-        """The update of a whole weight."""
-        if path not in self._wholes:
-            self._wholes[path] = WholeUpdate(self.state, path)
-        return self._wholes[path].matrix(module)
+    def delta(self, path: str, module: nn.Module) -> Tensor:  # shape: (d_out, d_in), or (experts, d_out, d_in)
+        """The update of a weight that the forward of a module reads."""
+        state = self.state
+        return self._wholes[path](state.factors.__getitem__, lambda site: base_weight(state, module, site))
 
     def place_of(self, path: str, module: nn.Module) -> WeightPlace:
         """Where the weight at a path is, in the module whose forward reads it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -18,25 +18,13 @@ from tensorpeft.runtime.ledger import BaseParameter
 from tensorpeft.runtime.tasks import Tasks
 from tensorpeft.runtime.trained_base import TrainedBase
 
-Made = TypeVar("Made")
 
-
+@dataclass(frozen=True, eq=False)
 class Merged:
     """A merge: of which task, and the factors as they then were, so that its dW can be had again."""
 
-    def __init__(self, task: int | None, values: dict[str, Tensor]) -> None:
-        self.task, self.values = task, values
-        self._cached: Any = None
-
-    def cached(self, make: Callable[[], Made]) -> Made:
-        """What was made of the factors for the first weight serves the others."""
-        if self._cached is None:
-            self._cached = make()
-        found: Made = self._cached
-        return found
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+    task: int | None
+    values: dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,7 +47,7 @@ class _Watch:
     """A trace function that meets every line of some files, and may raise at one."""
 
     def __init__(
-        self, within: tuple[str, ...], at: Place | None = None, mark: Callable[[], object] | None = None
+        self, within: tuple[str, ...], at: Place | int | None = None, mark: Callable[[], object] | None = None
     ) -> None:
         self.within, self.at, self.mark = within, at, mark
         self.start = mark() if mark is not None else None
@@ -71,11 +71,16 @@ class _Watch:
             if self.mark is not None:
                 late = bool(self.met and self.met[-1].late) or self.mark() != self.start
                 self.met.append(Place(file, frame.f_lineno, self.times[file, frame.f_lineno], late))
-            here = (file, frame.f_lineno, self.times[file, frame.f_lineno])
-            if self.at is not None and here == (self.at.file, self.at.line, self.at.time):
+            here = Place(file, frame.f_lineno, self.times[file, frame.f_lineno])
+            if self._is_here(here):
                 self.raised = True
-                raise KeyboardInterrupt(str(self.at))
+                raise KeyboardInterrupt(str(here))
         return self._line
+
+    def _is_here(self, here: Place) -> bool:
+        if isinstance(self.at, int):
+            return self.times.total() == self.at
+        return self.at is not None and (here.file, here.line, here.time) == (self.at.file, self.at.line, self.at.time)
 
 
 def _traced(operation: Callable[[], object], watch: _Watch) -> None:
@@ -105,14 +110,17 @@ def worthwhile(found: list[Place], every: int, ahead: int = 25) -> list[Place]:
     return [place for number, place in enumerate(found) if number >= first or number % every == 0]
 
 
-def interrupt(operation: Callable[[], object], place: Place) -> bool:
-    """Run an operation with a KeyboardInterrupt at a place. Whether it came there; the interrupt must come out of it."""
-    watch = _Watch((place.file,), place)
+def interrupt(operation: Callable[[], object], at: Place | int) -> bool:
+    """Run an operation with a KeyboardInterrupt at a place, or at its n-th line. Whether it came there.
+
+    If it did, the interrupt must come out of the operation.
+    """
+    watch = _Watch(TOUCHING if isinstance(at, int) else (at.file,), at)
     try:
         _traced(operation, watch)
     except KeyboardInterrupt:
         return True
-    assert not watch.raised, f"the interrupt at {place} was swallowed"
+    assert not watch.raised, f"the interrupt at {at} was swallowed"
     return False
 
 

@@ -6,6 +6,7 @@ KeyboardInterrupt as one of these is about to run; ``hold`` does that again and 
 
 from __future__ import annotations
 
+import dis
 import sys
 import threading
 from collections import Counter
@@ -64,7 +65,7 @@ class _Watch:
         return self._line if self.files[code] is not None else None
 
     def _line(self, frame: FrameType, event: str, argument: Any) -> Any:
-        if event == "line":
+        if event == "line" and not _leaves_a_context(frame):
             file = self.files[frame.f_code]
             assert file is not None
             self.times[file, frame.f_lineno] += 1
@@ -81,6 +82,20 @@ class _Watch:
         if isinstance(self.at, int):
             return self.times.total() == self.at
         return self.at is not None and (here.file, here.line, here.time) == (self.at.file, self.at.line, self.at.time)
+
+
+def _leaves_a_context(frame: FrameType) -> bool:
+    """Whether a ``with`` is about to call ``__exit__``: no signal is handled between that and the last call of its body."""
+    code, at = frame.f_code.co_code, frame.f_lasti
+    names = [dis.opname[code[n]] for n in range(at, min(at + 8, len(code)), 2)]
+    return (
+        names[0] in ("PUSH_EXC_INFO", "WITH_EXCEPT_START") or names[:3] == ["LOAD_CONST"] * 3 and _are_none(frame, at)
+    )
+
+
+def _are_none(frame: FrameType, at: int) -> bool:
+    code = frame.f_code
+    return all(code.co_consts[code.co_code[n + 1]] is None for n in (at, at + 2, at + 4))
 
 
 def _traced(operation: Callable[[], object], watch: _Watch) -> None:
@@ -170,7 +185,7 @@ def _faults(
     try:
         interrupt(lambda: operation.run(world), place)
         seen = look(operation, world)
-        if not differences(seen, before) and before != after:
+        if not differences(seen, before) and differences(before, after):
             step = "another run"
             operation.run(world)
             seen = look(operation, world)

@@ -76,7 +76,10 @@ def traces(model: nn.Module) -> dict[str, Any]:
             seen[f"module {path}"] = (type(module), names, hooks, sorted(module._modules))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if PREFIX not in name:
-            seen[f"tensor {name}"] = (tensor.requires_grad, tensor.detach().numpy().tobytes())
+            seen[f"tensor {name}"] = (
+                tensor.requires_grad,
+                tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes(),
+            )
     return seen
 
 
@@ -103,3 +106,37 @@ def seen(model: nn.Module, name: str = "lora") -> dict[str, Any]:
     if adapter is not None:
         found |= {"enabled": adapter.enabled, "merged": adapter.merged is not None}
     return found
+
+
+# The truth: dW of the specs above, and the output of net() with other weights
+
+
+def change(adapter: tp.Adapter, weight: Tensor) -> Tensor:  # shape: (d_out, d_in)
+    """dW of a spec above that has one site, with this weight."""
+    factors = {name: value[0, 0] for name, value in adapter.factors.named_parameters()}
+    if "u" in factors:
+        return weight * factors["u"][:, None]
+    pair = factors["B"] @ factors["A"]
+    if "m" not in factors:
+        return pair
+    lengths = (weight + pair).norm(dim=1)
+    quotients = torch.where(lengths > 0, factors["m"] / lengths, 1)
+    return (weight + pair) * quotients[:, None] - weight
+
+
+def with_changes(model: nn.Module, changes: dict[str, Tensor], rows: Tensor | None = None) -> Tensor:
+    """The output of a model without adapters, with something added to its parameters."""
+    weights = {name: parameter + changes.get(name, 0) for name, parameter in model.named_parameters()}
+    return torch.func.functional_call(model, weights, (x() if rows is None else rows,))
+
+
+def is_sentence(error: BaseException) -> bool:
+    """Whether an error is one of tensorpeft's: one sentence, and in a spec below it the line that it is about."""
+    text = str(error) if not isinstance(error, tp.SpecError) else str(error).splitlines()[0]
+    raw = ("Traceback", "object at 0x", "NoneType", "Error(")
+    return (
+        isinstance(error, tp.TensorpeftError)
+        and "\n" not in text
+        and len(text) > 10
+        and not any(w in text for w in raw)
+    )

@@ -19,7 +19,7 @@ from tests.runtime import small
 KINDS: dict[str, tuple[Callable[[], nn.Module], tp.Spec]] = {
     "lora": (small.net, small.spec(small.LORA, "0", "2")),
     "trained": (small.net, small.spec(small.LORA, "0", train="norms")),
-    "experts": (small.mixture, small.spec(small.EXPERTS, "down")),
+    "experts": (small.mixture, small.spec(small.EXPERTS, "*.down")),
     "ia3": (small.net, small.spec(small.IA3, "0", "2")),
     "dora": (small.net, small.spec(small.DORA, "0", "2")),
 }

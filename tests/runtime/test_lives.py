@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from numpy import ndarray
-from torch import Tensor, nn
+from torch import nn
 
 import tensorpeft as tp
 from tests import interrupts
@@ -281,12 +281,17 @@ class Life:
     def fail(self) -> None:
         if one := self.pick():
             self.tell(f"an error in {self.name(one)}.disabled()")
-            context = one.adapter.disabled()
-            with pytest.raises(KeyError, match="on demand"), context:
-                one.contexts.append(context)
-                assert self.is_right(), "the output within disabled()"
-                one.contexts.pop()
-                raise KeyError("on demand")
+
+            def failing() -> None:
+                context = one.adapter.disabled()
+                with context:
+                    one.contexts.append(context)
+                    assert self.is_right(), "the output within disabled()"
+                    one.contexts.pop()
+                    raise KeyError("on demand")
+
+            with pytest.raises(KeyError, match="on demand"):
+                failing()
 
     def detach(self) -> None:
         if one := self.pick():

@@ -42,9 +42,20 @@ def _candidates(term: Term, tokens: int) -> Iterator[Order]:
     if len(everything) <= 2:  # these are all orders that there are
         yield from itertools.permutations([(i,) for i in everything])
         return
-    yield from _halves(term, minimum_cut(term))
+    yield from _halves(term, _minimum_cut(term))
     for number in dict.fromkeys((tokens, 1, 1 << 30)):
         yield from _coarser(_lineage(_path(term, number), len(everything)))
+
+
+def _minimum_cut(term: Term) -> tuple[str, ...]:
+    """The minimum cut, which does not depend on the tokens: one serves the plans for all lengths."""
+    shape = (*(operand.modes for operand in term.operands), term.d_in, term.d_out, *term.sizes.items())
+    if shape not in _cuts:
+        _cuts[shape] = minimum_cut(term)
+    return _cuts[shape]
+
+
+_cuts: dict[tuple[object, ...], tuple[str, ...]] = {}
 
 
 def _coarser(order: Order) -> Iterator[Order]:

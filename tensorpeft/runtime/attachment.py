@@ -10,10 +10,19 @@ from torch import Tensor, nn
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.runtime.base_weight import weight_place
 from tensorpeft.runtime.engine import Engine, SiteUpdate
-from tensorpeft.runtime.hooks import PREFIX, ModuleForward, forward_of, is_adapter, remove_root_hooks, set_root_hooks
+from tensorpeft.runtime.hooks import (
+    PREFIX,
+    Mark,
+    ModuleForward,
+    forward_of,
+    is_adapter,
+    remove_root_hooks,
+    set_root_hooks,
+)
 from tensorpeft.runtime.ledger import entry, known
 from tensorpeft.runtime.replacement import OutputUpdate, ReplacedWeight
 from tensorpeft.runtime.state import Held, State
+from tensorpeft.runtime.torch_internals import remove_forward_hooks
 
 
 def install(engine: Engine, adapter: nn.Module, model: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -38,6 +47,8 @@ def install(engine: Engine, adapter: nn.Module, model: nn.Module, values: Mappin
             found.adapted_by.append(state)
     for path in dict.fromkeys(site.module for site in state.network.sites):
         _join(engine, modules[path], path)
+        if _has_fast_path(modules, path):
+            modules[path].register_forward_pre_hook(Mark(state))
     products = [modules[path] for path in engine.programs.main.products]
     state.tells_biases = all(hasattr(module, "bias") for module in products)
     set_root_hooks(model, state, engine)
@@ -55,6 +66,7 @@ def remove(state: State, *, keep: bool = False) -> None:
         found = module.__dict__.get("forward")
         if isinstance(found, ModuleForward):
             found.leave(state)
+        remove_forward_hooks(module, lambda hook: isinstance(hook, Mark) and hook.state is state)
     state.trained.detach(state, keep=keep)
     for held in state.held:
         now = held.owner._parameters.get(held.name)
@@ -111,6 +123,12 @@ def _held(modules: Mapping[str, nn.Module]) -> Iterator[Held]:
             if parameter is not None and id(parameter) not in seen:
                 seen.add(id(parameter))
                 yield Held(f"{path}.{name}".removeprefix("."), module, name, entry(parameter))
+
+
+def _has_fast_path(modules: Mapping[str, nn.Module], path: str) -> bool:
+    """Whether a module lies in a transformer layer of torch's own."""
+    parents = (path.rsplit(".", n)[0] for n in range(1, 1 + path.count(".")))
+    return any(type(modules[parent]).__module__ == nn.TransformerEncoderLayer.__module__ for parent in parents)
 
 
 def _join(engine: Engine, module: nn.Module, path: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from tensorpeft.language.errors import AdapterError
 from tensorpeft.runtime.state import State
 from tensorpeft.runtime.torch_internals import is_traced, remove_forward_hooks
 from tensorpeft.runtime.whole import at_exit
@@ -64,9 +65,11 @@ class ModuleForward:
             self.input_name = "input"
 
     def __call__(self, *args: Any, **named: Any) -> Any:
+        module, x = self.module, args[0] if args else named.get(self.input_name)
+        if x.__class__ is Tensor and x.is_nested:
+            _refuse_nested(module)
         if not self.updates:
             return self._with_weights(args, named)
-        module, x = self.module, args[0] if args else named[self.input_name]
         given = self._changed(module, x) if self.changes_input else x
         if given is not x:
             args, named = ((given, *args[1:]), named) if args else (args, {**named, self.input_name: given})
@@ -145,6 +148,22 @@ def forward_of(module: nn.Module) -> ModuleForward:
     """What stands before a module's own forward; new, and not yet there, if nothing does."""
     found = module.__dict__.get("forward")
     return found if isinstance(found, ModuleForward) else ModuleForward(module)
+
+
+def _refuse_nested(module: nn.Module) -> None:
+    raise AdapterError(
+        f"a {type(module).__name__} with a site was given a nested tensor, to which no update can be added; build "
+        "nn.TransformerEncoder with `enable_nested_tensor=False`, or call `torch.backends.mha.set_fastpath_enabled(False)`"
+    )
+
+
+class Mark:
+    """A hook that does nothing, but keeps torch's own layers from a fast path that reads weights past their modules."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: Any) -> None: ...
 
 
 class Root:

@@ -10,7 +10,7 @@ from tensorpeft.emission import ops
 from tensorpeft.emission.chain_code import ChainCode, ChainTrace, GradientSlot
 from tensorpeft.emission.contraction import NamedTensor
 from tensorpeft.emission.forward import SetCode
-from tensorpeft.emission.graph import INPUT, PROJECTION, Function, SetGraph, rows_of
+from tensorpeft.emission.graph import INPUT, OUTPUT, PROJECTION, Function, SetGraph, rows_of
 from tensorpeft.emission.input_kind import FusedProjection, ModuleSite, SetKind
 from tensorpeft.emission.lowering import LoweredChain
 
@@ -46,12 +46,14 @@ class Backward:
         """Of each chain, the gradient of the output at each of its sites."""
         found: dict[int, dict[int, NamedTensor]] = {}
         for module in sorted(present):
-            node, lead = self.graph.flat(f"g{module}", self.kind.d_out[module])
-            self.code.tokens = node, len(lead) - 1
+            gradient = self.graph.flat(f"g{module}", (OUTPUT,), self.kind.d_out[module])
+            self.code.tokens = gradient.node, len(gradient.axes) - 2
             for site in self.kind.modules[module]:
                 for number in site.chains:
-                    axes = (*lead, self.kind.chains[number].d_out)
-                    found.setdefault(number, {})[site.member] = self._of_site(NamedTensor(node, axes), site, number)
+                    axes = (*gradient.axes[:-1], self.kind.chains[number].d_out)
+                    found.setdefault(number, {})[site.member] = self._of_site(
+                        replace(gradient, axes=axes), site, number
+                    )
         return {number: dict(sorted(members.items())) for number, members in sorted(found.items())}
 
     def _of_site(self, gradient: NamedTensor, site: ModuleSite, number: int) -> NamedTensor:
@@ -63,7 +65,7 @@ class Backward:
             assert site.rows is not None
             rows = site.rows
             node = self.code.once(ops.rows_of, gradient.node, rows.offset, rows.count, rows.period)
-            part = NamedTensor(self.code.once("flatten", node, -2), gradient.axes)
+            part = replace(gradient, node=self.code.once("flatten", node, -2))
         return part
 
     def _trace(self, number: int) -> tuple[ChainCode, ChainTrace]:
@@ -152,7 +154,7 @@ class Backward:
         self.code.sizes[PROJECTION] = projection.width
         axes = ((PROJECTION,), (INPUT,))
         if projection.trainable and self.to_arguments:
-            x = self.forward.export(self.graph, NamedTensor(self.forward.x, (*self.forward.lead, (INPUT,))))
+            x = self.forward.export(self.graph, self.forward.input((INPUT,)))
             self.code.accumulate(NamedTensor(self.graph.take(f"into{projection.argument}"), axes), gradient, x)
         if self.to_x:
             self.dx.add(gradient, NamedTensor(self.graph.take(f"p{projection.argument}"), axes))

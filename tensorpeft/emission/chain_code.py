@@ -83,7 +83,7 @@ class ChainCode:
         """Let the graph's modes have this chain's sizes."""
         self.code.sizes.use(self.given.number, self.chain.sizes)
         if self.given.ids is not None:
-            self.code.sizes[ROW] = self.code.once("size", self.given.ids, 0)
+            self.code.sizes[ROW] = self.code.length(self.given.ids, 0)
 
     # Tensors
 

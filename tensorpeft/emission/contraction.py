@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import fx
 
-from tensorpeft.emission import ops
 from tensorpeft.planning.chain import SITE
 from tensorpeft.planning.orders import TOKEN
 
@@ -129,9 +128,10 @@ class Code:
         if found is not None:
             return found
         single = tuple((mode,) for mode in tensor.modes)
-        wanted = [mode for group in groups for mode in group]
-        node = self._permute(self._split(tensor, single), [tensor.modes.index(mode) for mode in wanted])
-        return self.once("reshape", node, self._shape(groups))
+        order = [tensor.modes.index(mode) for group in groups for mode in group]
+        if order == list(range(len(order))):
+            return self.once("reshape", tensor.node, self._shape(groups))
+        return self.once("reshape", self._permute(self._split(tensor, single), order), self._shape(groups))
 
     def regrouped(self, tensor: NamedTensor, groups: Sequence[Modes]) -> NamedTensor:
         """The same, and where memory jumps in it: behind every axis, if it is a view in another order."""
@@ -168,9 +168,12 @@ class Code:
         return tensor.node if axes == tensor.axes else self.once("view", tensor.node, self._shape(axes))
 
     def _permute(self, node: fx.Node, order: list[int]) -> fx.Node:
-        if order == list(range(len(order))):
+        n = len(order)
+        if order == list(range(n)):
             return node
-        return self.once("t", node) if order == [1, 0] else self.once("permute", node, tuple(order))
+        if order[-2:] == [n - 1, n - 2] and order[:-2] == list(range(n - 2)):  # an attribute costs no call
+            return self.once(getattr, node, "T" if n == 2 else "mT")
+        return self.once("permute", node, tuple(order))
 
     def once(self, function: Any, node: fx.Node, *args: Any) -> fx.Node:
         """A call whose result is the same wherever it is needed: a view, or a copy that nobody changes."""
@@ -202,13 +205,19 @@ class Code:
             return self._elementwise(a, b, roles, alpha)
         x, y = self._matrices(a, b, roles)
         if roles.batch:
-            node = self.call(torch.bmm, x, y) if alpha == 1 else self.call(ops.scaled_bmm, x, y, alpha)
+            node = self._product(torch.bmm, torch.baddbmm, x, y, alpha)
         else:
-            node = self.call(torch.mm, x, y) if alpha == 1 else self.call(ops.scaled_mm, x, y, alpha)
+            node = self._product(torch.mm, torch.addmm, x, y, alpha)
         groups = (*((roles.batch,) if roles.batch else ()), roles.left, roles.right)
         for n in reversed([n for n, group in enumerate(groups) if not group]):
-            node = self.call("squeeze", node, n)
+            node = self.call(operator.getitem, node, 0) if n == 0 else self.call("squeeze", node, n)
         return NamedTensor(node, tuple(group for group in groups if group))
+
+    def _product(self, plain: Any, scaled: Any, x: fx.Node, y: fx.Node, alpha: float) -> fx.Node:
+        """``alpha`` times a product of matrices in one kernel: what is scaled is added to nothing."""
+        if alpha == 1:
+            return self.call(plain, x, y)
+        return self.call(scaled, self.call("new_empty", x, ()), x, y, beta=0, alpha=alpha)
 
     def add(self, into: NamedTensor, a: NamedTensor, b: NamedTensor, alpha: float = 1) -> bool:
         """Add ``alpha`` times a product to ``into``, in its memory, in one kernel; False, and nothing done, if none can."""
@@ -288,8 +297,11 @@ class Code:
         node = self.grouped(tensor, tuple(group for group in groups if group))
         for n, group in enumerate(groups):
             if not group:
-                node = self.once("unsqueeze", node, n)
+                node = self._unsqueezed(node, n)
         return node
+
+    def _unsqueezed(self, node: fx.Node, axis: int) -> fx.Node:
+        return self.once(operator.getitem, node, None) if axis == 0 else self.once("unsqueeze", node, axis)
 
     def _elementwise(self, a: NamedTensor, b: NamedTensor, roles: _Roles, alpha: float) -> NamedTensor:
         """The product with broadcasting, summed where something is."""
@@ -297,12 +309,20 @@ class Code:
         small, large = (a, b) if len(a.modes) < len(b.modes) else (b, a)
         right = self._aligned(small, segments)
         if alpha != 1:
-            right = self.call(torch.mul, right, alpha)
-        node = self.call(ops.mul, self._aligned(large, segments), right)
-        if not roles.summed:
-            return NamedTensor(node, segments)
+            right = self.call(operator.mul, right, alpha)
+        node = self.call(operator.mul, self._aligned(large, segments), right)
         summed = tuple(n for n, segment in enumerate(segments) if segment[0] in roles.summed)
-        return NamedTensor(self.call("sum", node, summed), tuple(s for n, s in enumerate(segments) if n not in summed))
+        if summed:
+            node = self.call("sum", node, summed)
+        axes = tuple(segment for n, segment in enumerate(segments) if n not in summed)
+        if len(axes) > 1 and not (self._in_order(a, segments) and self._in_order(b, segments)):
+            node = self.call("contiguous", node)  # a product lies in memory like its factors
+        return NamedTensor(node, axes)
+
+    def _in_order(self, tensor: NamedTensor, segments: tuple[Modes, ...]) -> bool:
+        """Whether a tensor is known to lie in memory in the order of these axes, but for those that it lacks."""
+        starts = [tensor.modes.index(segment[0]) for segment in segments if segment[0] in tensor.modes]
+        return not tensor.gaps and starts == sorted(starts)
 
     def _order(self, a: NamedTensor, roles: _Roles) -> Modes:
         """The modes of a product: a's, with b's own behind them; which of several sites it is comes first."""
@@ -335,7 +355,7 @@ class Code:
         node = self.grouped(tensor, mine)
         for n, segment in enumerate(segments[segments.index(mine[0]) :] if mine else ()):
             if segment not in mine:
-                node = self.once("unsqueeze", node, n)
+                node = self._unsqueezed(node, n)
         return node
 
     # Parts of a tensor
@@ -352,9 +372,10 @@ class Code:
             return replace(one_site(tensor), node=self.once("narrow", tensor.node, at, number * width, width))
         parts = (axis[: axis.index(SITE)], (SITE,), axis[axis.index(SITE) + 1 :])
         whole = (*tensor.axes[:at], *(part for part in parts if part), *tensor.axes[at + 1 :])
-        return replace(
-            one_site(tensor), node=self.once("select", self._split(tensor, whole), whole.index((SITE,)), number)
-        )
+        node, axis_of_sites = self._split(tensor, whole), whole.index((SITE,))
+        if axis_of_sites == 0:
+            return replace(one_site(tensor), node=self.once(operator.getitem, node, number))
+        return replace(one_site(tensor), node=self.once("select", node, axis_of_sites, number))
 
     def empty(self, like: fx.Node, modes: Modes) -> NamedTensor:
         """A new tensor with one axis for each mode; ``like`` gives dtype and device."""
@@ -363,7 +384,11 @@ class Code:
 
     def _tokens(self) -> fx.Node:
         assert self.tokens is not None
-        return self.once("size", *self.tokens)
+        return self.length(*self.tokens)
+
+    def length(self, node: fx.Node, axis: int) -> fx.Node:
+        """How long an axis of a tensor is when the code runs."""
+        return self.once(operator.getitem, self.once(getattr, node, "shape"), axis)
 
 
 def one_site(tensor: NamedTensor) -> NamedTensor:

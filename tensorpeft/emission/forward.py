@@ -20,7 +20,7 @@ from torch import fx
 from tensorpeft.emission import ops
 from tensorpeft.emission.chain_code import ROW, ChainTrace
 from tensorpeft.emission.contraction import Code, Modes, NamedTensor
-from tensorpeft.emission.graph import INPUT, PROJECTION, Function, SetGraph, rows_of
+from tensorpeft.emission.graph import INPUT, OUTPUT, PROJECTION, Function, SetGraph, rows_of
 from tensorpeft.emission.input_kind import FusedProjection, ModuleSite, SetKind
 from tensorpeft.emission.lowering import LoweredChain
 from tensorpeft.planning.orders import TOKEN
@@ -34,7 +34,8 @@ class SetCode:
         self.graph = SetGraph(kind)
         self.traces = [ChainTrace() for _ in kind.chains]
         self.exported: dict[fx.Node, str] = {}
-        self.x, self.lead = self.graph.flat("x", kind.d_in)
+        x = self.graph.flat("x", (INPUT,), kind.d_in)
+        self.x, self.lead, self.gaps = x.node, x.axes[:-1], x.gaps
         self.mask: fx.Node | None = None
         self._forward()
         self._name_exports()
@@ -64,13 +65,17 @@ class SetCode:
                     1,
                 )
             else:
-                emitted.forward(self._input(self.graph, self.x, chain, number), self.traces[number])
+                emitted.forward(self._input(self.graph, chain, number), self.traces[number])
 
     def _projection(self, projection: FusedProjection) -> NamedTensor:
         code = self.graph.code
         code.sizes[PROJECTION] = projection.width
         matrix = NamedTensor(self.graph.take(f"p{projection.argument}"), ((PROJECTION,), (INPUT,)))
-        return code.contract(NamedTensor(self.x, (*self.lead, (INPUT,))), matrix, (ROW, TOKEN, PROJECTION))
+        return code.contract(self.input((INPUT,)), matrix, (ROW, TOKEN, PROJECTION))
+
+    def input(self, features: Modes) -> NamedTensor:
+        """What the sites read, behind dropout."""
+        return NamedTensor(self.x, (*self.lead, features), self.gaps)
 
     def columns(self, code: Code, whole: NamedTensor, projection: FusedProjection, number: int) -> NamedTensor:
         """The part of a projection's result, or of its gradient, that is a chain's."""
@@ -78,12 +83,15 @@ class SetCode:
         axes = (*whole.axes[:-1], self.kind.chains[number].stages[0].arguments[0].axes[0])
         if count == projection.width:
             return NamedTensor(whole.node, axes)
-        return NamedTensor(code.once("narrow", whole.node, -1, first, count), axes, frozenset({len(axes) - 2}))
+        widths = dict(sorted((first, count) for _, first, count in projection.columns))
+        parts = code.once("split_with_sizes", whole.node, tuple(widths.values()), -1)
+        return NamedTensor(code.once(getitem, parts, [*widths].index(first)), axes, frozenset({len(axes) - 2}))
 
-    def _input(self, graph: SetGraph, x: fx.Node, chain: LoweredChain, number: int) -> NamedTensor:
+    def _input(self, graph: SetGraph, chain: LoweredChain, number: int) -> NamedTensor:
         if chain.columns:
-            x = graph.code.once("index_select", x, -1, graph.take(f"columns{number}"))
-        return NamedTensor(x, (*self.lead, chain.d_in))
+            columns = graph.code.once("index_select", self.x, -1, graph.take(f"columns{number}"))
+            return NamedTensor(columns, (*self.lead, chain.d_in))
+        return self.input(chain.d_in)
 
     def _name_exports(self) -> None:
         """What epilogues and the backward pass need of the forward pass: it returns this."""
@@ -100,7 +108,7 @@ class SetCode:
     def export(self, graph: SetGraph, tensor: NamedTensor) -> NamedTensor:
         """A tensor of the forward pass in another graph."""
         if tensor.node is self.x and self.mask is None:
-            return replace(tensor, node=graph.flat("x", self.kind.d_in)[0])
+            return replace(tensor, node=graph.flat("x", (INPUT,), self.kind.d_in).node)
         return replace(tensor, node=self.export_node(graph, tensor.node))
 
     def export_node(self, graph: SetGraph, node: fx.Node) -> fx.Node:
@@ -112,7 +120,8 @@ class SetCode:
         """Add the updates of a module's sites to its output."""
         graph = SetGraph(kind)
         whole = graph.take("y")  # first: what calls it has the rest at hand before there is an output
-        y, lead = graph.flat("y", kind.d_out[module])
+        found = graph.flat("y", (OUTPUT,), kind.d_out[module], in_place=in_place)
+        y, lead = found.node, found.axes[:-1]
         for site in kind.modules[module]:
             for number in site.chains:
                 y = self._add_update(graph, y, lead, site, number, in_place=in_place)

@@ -11,7 +11,6 @@ from typing import Any
 from torch import fx
 from torch.fx.node import Argument as FxArgument
 
-from tensorpeft.emission import ops
 from tensorpeft.emission.chain_code import ROW, ChainCode, ChainInputs
 from tensorpeft.emission.contraction import Code, Modes, NamedTensor
 from tensorpeft.emission.input_kind import SetKind
@@ -19,7 +18,11 @@ from tensorpeft.emission.intern import module
 from tensorpeft.model.shape import Rows
 from tensorpeft.planning.orders import TOKEN
 
-PROJECTION, INPUT = "<projection>", "<input>"  # all columns of a projection's result; all features of the input
+INPUT, OUTPUT, PROJECTION = (
+    "<input>",
+    "<output>",
+    "<projection>",
+)  # all features of the input, of an output; all columns of a projection
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,19 @@ class SetGraph:
             self.takes[name] = self.code.placeholder(name)
         return self.takes[name]
 
-    def flat(self, name: str, features: int) -> tuple[fx.Node, tuple[Modes, ...]]:
-        """An activation with one axis for its tokens, behind one for the rows of the batch where these have tasks."""
-        lead = (self.code.once("size", self.take("ids"), 0),) if self.kind.by_task else ()
-        node = self.code.once(ops.flat, self.take(name), *lead, -1, features)
-        self.features[node] = features
-        return node, (*(((ROW,),) if lead else ()), (TOKEN,))
+    def flat(self, name: str, features: Modes, n_features: int, *, in_place: bool = False) -> NamedTensor:
+        """An activation (..., features) as (tokens, features), behind an axis for the rows of the batch where these have tasks.
+
+        What is given may lie in memory as it likes: products of matrices take it as it is, so that it is only copied where
+        axes are merged. What is changed ``in_place`` lies there contiguously.
+        """
+        lead = (self.code.length(self.take("ids"), 0),) if self.kind.by_task else ()
+        node = self.code.once("view" if in_place else "reshape", self.take(name), (*lead, -1, n_features))
+        gaps = frozenset({0} if not (lead or in_place) else ())
+        if lead and not in_place:
+            node = self.code.once("contiguous", node)
+        self.features[node] = n_features
+        return NamedTensor(node, (*(((ROW,),) if lead else ()), (TOKEN,), features), gaps)
 
     def chain(self, number: int, *, gradients: bool = False) -> ChainCode:
         """The code of a chain in this graph."""

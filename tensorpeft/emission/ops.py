@@ -9,26 +9,6 @@ import torch
 from torch import Tensor
 
 
-def flat(x: Tensor, *shape: int) -> Tensor:
-    """A tensor in another shape, contiguous; a copy only where it lies in memory otherwise."""
-    return x.reshape(shape).contiguous()
-
-
-def scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """``alpha * a @ b`` in one kernel."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
-
-
-def scaled_bmm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """``alpha * a @ b`` for batches, in one kernel."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
-
-
-def mul(a: Tensor, b: Tensor) -> Tensor:
-    """The product with broadcasting, contiguous: torch's own follows the memory of its operands."""
-    return torch.mul(a, b).contiguous()
-
-
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous and of a dtype, in one kernel."""
     if tensor.dtype == dtype:

@@ -36,7 +36,7 @@ Rows = tuple[int, ...]
 class Part:
     """What some input sets are given of one kind: ``count`` rows, and which of them is each set's."""
 
-    node: fx.Node  # (rows, one axis for each mode)
+    node: fx.Node  # shape: (rows, one axis for each mode)
     shape: tuple[int, ...]  # of a row, over the axes of the argument
     merged: bool  # whether some axis stands for several modes
     count: int
@@ -55,6 +55,7 @@ class PrologueCode:
         self._stacks: dict[tuple[object, ...], int] = {}
         self._outputs: list[fx.Node] = []
         self._calls: dict[tuple[object, ...], fx.Node] = {}
+        self._ready: set[fx.Node] = set()  # that are contiguous, and of that dtype
         self._products: dict[tuple[object, ...], fx.Node] = {}
 
     def finish(self) -> fx.GraphModule:
@@ -68,7 +69,9 @@ class PrologueCode:
         modes: tuple[str, ...]
         if len(argument.operands) == 1:
             operand = term.operands[argument.operands[0]]
-            node, keys = self._factor(operand)
+            modes_of_axes = tuple(mode for axis in argument.axes for mode in axis)
+            plain = operand.modes == modes_of_axes and all(take is None for take in operand.take)
+            node, keys = self._factor(operand, cast=plain)
             numbers = {key: number for number, key in enumerate(keys)}
             modes, count, of_site = operand.modes, len(keys), tuple(numbers[key] for key in operand.keys)
         else:
@@ -100,13 +103,14 @@ class PrologueCode:
             node, merged, rows = self._call(torch.cat, flat, 1), False, tuple(items[item] for item in wanted)
         key = (node, parts[0].shape)
         if key not in self._stacks:
-            cast = self._call(ops.cast, node, self.dtype)
+            cast = node if node in self._ready else self._call(ops.cast, node, self.dtype)
             self._stacks[key] = len(self._outputs)
             self._outputs.append(self._call("view", cast, (-1, *parts[0].shape)) if merged else cast)
         return self._stacks[key], rows
 
     def _chosen(self, part: Part, rows: Rows) -> fx.Node:
-        return self._call("reshape", self._picked(part.node, part.count, rows), (-1, *part.shape))
+        node = self._picked(part.node, part.count, rows)
+        return self._call("reshape", node, (-1, *part.shape)) if part.merged else node
 
     def _grid(self, node: fx.Node, count: int, items: tuple[Rows, ...]) -> fx.Node:
         """From (count, ...) to (items, rows of an item, ...); a view where the items are a grid of all rows turned over."""
@@ -135,14 +139,22 @@ class PrologueCode:
 
     # Factors
 
-    def _factor(self, operand: Operand) -> tuple[fx.Node, tuple[Key, ...]]:
-        """What the keys of a block hold, as (keys, one axis for each mode of the operand); and which keys these are."""
+    def _factor(self, operand: Operand, *, cast: bool = False) -> tuple[fx.Node, tuple[Key, ...]]:
+        """What the keys of a block hold, as (keys, one axis for each mode of the operand); and which keys these are.
+
+        With ``cast`` a packed block comes in the dtype of the activations: one kernel for all of its keys.
+        """
         block, only = operand.block, _only_key(operand)
         node = self.inputs[block.name]
         if only is None:
             node, keys = self._by_key(node, block), block.keys
+        elif block.kept is not None and block.entries is None:
+            source = self._call(ops.cast, node, self.dtype) if cast else node
+            node, keys = self._of_packed(source, block, only), (only,)
+            if cast:
+                self._ready.add(node)
         else:
-            node, keys = self._call("unsqueeze", self._at_key(node, block, only), 0), (only,)
+            node, keys = self._call(getitem, self._at_key(node, block, only), None), (only,)
         for axis, positions in enumerate(operand.take, start=1):
             if isinstance(positions, range):
                 node = self._call("narrow", node, axis, 0, len(positions))
@@ -163,7 +175,7 @@ class PrologueCode:
             node = self._call("permute", node, order)
         if len(bound) > 1:
             return self._call("flatten", node, 0, len(bound) - 1)
-        return node if bound else self._call("unsqueeze", node, 0)
+        return node if bound else self._call(getitem, node, None)
 
     def _scattered(self, node: fx.Node, block: Block) -> fx.Node:
         """A block of which entries are kept, with zeros where there are none: its backward is one gathering."""
@@ -171,13 +183,15 @@ class PrologueCode:
         index = self._index(block.name, lambda: Index(block.count, lambda: block.positions))
         return self._call(ops.scatter, node, index, shape)
 
+    def _of_packed(self, node: fx.Node, block: Block, key: Key) -> fx.Node:
+        """What one key holds of a block whose keys lie one behind the other, (1, *free axes)."""
+        parts = self._call("split_with_sizes", node, block.key_sizes)  # its backward is one concatenation
+        return self._call("view", self._call(getitem, parts, block.keys.index(key)), (1, *block.key_shape(key)))
+
     def _at_key(self, node: fx.Node, block: Block, key: Key) -> fx.Node:
         """What one key holds, over the free axes."""
         if block.entries is not None:
             return self._call("select", self._scattered(node, block), 0, block.keys.index(key))
-        if block.kept is not None:  # one split for all keys: its backward is one concatenation
-            part = self._call(getitem, self._call("split", node, block.key_sizes), block.keys.index(key))
-            return self._call("view", part, block.key_shape(key))
         bound = [i for i, axis in enumerate(block.axes) if axis.labels is not None]
         modes = sorted((block.axes[i].mode for i in bound), key=_KEY_ORDER.index)
         for i in reversed(bound):
@@ -213,7 +227,7 @@ class PrologueCode:
         node, keys = self._factor(operand)
         axes = operand_modes(group, operand)[: -len(operand.modes) or None]
         if not axes:
-            return self._call("squeeze", node, 0)
+            return self._call(getitem, node, 0)
         row = {key: number for number, key in enumerate(keys)}
         wanted = [row[operand.keys[sites[0]]] for sites in _sites_by_row(group, axes)]
         node = self._picked(node, len(keys), wanted)

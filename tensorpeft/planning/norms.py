@@ -13,7 +13,7 @@ the rest is done for all sites of a group at once. Where the cut is wide, dW is 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from tensorpeft.network.network import Group, Operand, Term
@@ -47,10 +47,20 @@ class NormPlan:
     flops: int  # of taking the norms once, at all sites
 
     @property
+    def products(self) -> Iterator[tuple[Term, Chain]]:
+        """The terms of a narrow plan with their chains, those of ``halves`` first."""
+        chains = (*self.halves, *self.scales)
+        return zip(self.group.terms if chains else (), chains, strict=True)
+
+    @property
+    def kept(self) -> int:
+        """How many norms there are at a site."""
+        return self.group.sites[0].d_out if self.side == "d_out" else self.group.sites[0].d_in
+
+    @property
     def cut(self) -> int:
         """How many columns the two sides K and S have, of all products together."""
-        links = zip(self.group.terms, self.halves, strict=False)
-        return sum(term.size(each.links[0].new) for term, each in links)
+        return sum(term.size(each.links[0].new) for term, each in zip(self.group.terms, self.halves, strict=False))
 
     def __str__(self) -> str:
         found = f"{len(self.group.sites)} sites like {self.group.sites[0]}"

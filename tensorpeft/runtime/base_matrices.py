@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensorpeft.model.shape import Site
 from tensorpeft.runtime.base_weight import base_weight, weight_place
@@ -16,11 +15,22 @@ from tensorpeft.runtime.torch_internals import is_traced
 
 @dataclass(frozen=True)
 class _Known:
-    """What was found, and what it was found for."""
+    """What was found, and of which weights: each where its module keeps it, with its version and its place in memory."""
 
-    state: tuple[object, ...]
-    matrices: list[Tensor] | None  # views of the weights; None where one is no view and would be a copy of its weight
+    dtype: torch.dtype
+    device: torch.device
+    weights: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter, int, int]]
+    matrices: list[Tensor]
     squares: Tensor
+
+    def still_holds(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether no weight has changed since. This runs at every forward pass, and calls as little as it can."""
+        if dtype != self.dtype or device != self.device:
+            return False
+        for own, name, weight, version, place in self.weights:
+            if own[name] is not weight or weight._version != version or weight.data_ptr() != place:
+                return False
+        return True
 
 
 class BaseMatrices:
@@ -37,54 +47,39 @@ class BaseMatrices:
     def forget(self) -> None:
         """Look for the weights anew at the next call."""
         self._known: _Known | None = None
-        self._slots: list[tuple[dict[str, object], str]] = []  # where the modules keep their weights
 
-    def __call__(self, like: Tensor) -> tuple[list[Tensor], Tensor]:  # shapes: (kept, summed) each; (sites, kept)
-        """The weights and their rows' squared norms, in the dtype and on the device of a tensor."""
-        if is_traced():  # a compiler follows neither versions nor places in memory
-            matrices = list(self._found())
-            return [matrix.to(like) for matrix in matrices], self._squares(matrices, like)
-        state = self._state(like)
-        known = self._known
-        if known is None or known.state != state:
-            known = self._look(state, like)
-        matrices = known.matrices if known.matrices is not None else list(self._found())
-        if all(matrix.dtype == like.dtype and matrix.device == like.device for matrix in matrices):
-            return matrices, known.squares
-        return [matrix.to(like) for matrix in matrices], known.squares
+    def __call__(self, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], Tensor]:
+        """The weights as they are (kept, summed), and the squared norms of their rows in a dtype, (sites, kept)."""
+        known = None if is_traced() else self._known  # a compiler follows neither versions nor places in memory
+        if known is not None and known.still_holds(dtype, device):
+            return known.matrices, known.squares
+        matrices = [self._matrix(site) for site in self.sites]
+        norms = [torch.linalg.vector_norm(matrix, dim=1, dtype=dtype).to(device) for matrix in matrices]
+        squares = torch.stack(norms).square()
+        if not is_traced():
+            self._remember(dtype, device, matrices, squares)
+        return matrices, squares
 
-    def _state(self, like: Tensor) -> tuple[object, ...]:
-        """What the squares depend on; a weight without a version never stays what it was."""
-        if not self._slots:
-            self._slots = [self._slot(site) for site in self.sites]
-        weights = [own.get(name) for own, name in self._slots]
-        found = [(id(w), w._version, w.data_ptr()) for w in weights if isinstance(w, Tensor) and not w.is_inference()]
-        return like.dtype, like.device, found if len(found) == len(weights) else object()
+    def _matrix(self, site: Site) -> Tensor:  # shape: (kept, summed)
+        matrix = base_weight(self.state, self._module(site), site)
+        return matrix if self.side == "d_out" else matrix.mT
 
-    def _slot(self, site: Site) -> tuple[dict[str, object], str]:
+    def _module(self, site: Site) -> nn.Module:
         assert self.state.model is not None
-        weight = weight_place(self.state.model.get_submodule(site.module), site)
-        own: dict[str, object] = weight.module._parameters  # type: ignore[assignment]
-        return own, weight.name
+        return self.state.model.get_submodule(site.module)
 
-    def _look(self, state: tuple[object, ...], like: Tensor) -> _Known:
-        matrices = list(self._found())
-        places = {
-            w.untyped_storage().data_ptr() for w in (own.get(n) for own, n in self._slots) if isinstance(w, Tensor)
-        }
-        views = all(matrix.untyped_storage().data_ptr() in places for matrix in matrices)
-        known = _Known(state, matrices if views else None, self._squares(matrices, like))
-        captured = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-        self._known = None if captured else known  # what a graph makes is its own, to be made again when that runs
-        return known
-
-    def _found(self) -> Iterator[Tensor]:  # shape: (kept, summed) each
-        assert self.state.model is not None
-        model = self.state.model
-        for site in self.sites:
-            matrix = base_weight(self.state, model.get_submodule(site.module), site)
-            yield matrix if self.side == "d_out" else matrix.mT
-
-    def _squares(self, matrices: list[Tensor], like: Tensor) -> Tensor:  # shape: (sites, kept)
-        norms = [torch.linalg.vector_norm(matrix, dim=1, dtype=like.dtype).to(like.device) for matrix in matrices]
-        return torch.stack(norms).square()
+    def _remember(self, dtype: torch.dtype, device: torch.device, matrices: list[Tensor], squares: Tensor) -> None:
+        """Keep what was found, if all of W are views of parameters that count their versions: no weight is kept twice."""
+        weights = []
+        for site, matrix in zip(self.sites, matrices, strict=True):
+            at = weight_place(self._module(site), site)
+            own, weight = at.module._parameters, at.module._parameters.get(at.name)
+            if weight is None or weight.is_inference():
+                return
+            if matrix.untyped_storage().data_ptr() != weight.untyped_storage().data_ptr():
+                return
+            weights.append((own, at.name, weight, weight._version, weight.data_ptr()))
+        if not (
+            torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        ):  # a graph's memory is its own
+            self._known = _Known(dtype, device, weights, matrices, squares)

@@ -89,6 +89,7 @@ def not_cast(device: torch.device | None) -> AbstractContextManager[object]:
 
 def quotient(magnitude: Tensor, norms: Tensor) -> Tensor:
     """A magnitude over its norms, as it stands in products; one where the norm is zero, and no gradient there."""
+    norms = norms.to(magnitude.dtype)
     zero = norms == 0
     return (magnitude / norms.masked_fill(zero, 1)).masked_fill(zero, 1)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
+from tensorpeft.language.modes import written_modes
 from tensorpeft.language.spec import BASE_WEIGHT, Spec
 from tensorpeft.language.syntax import Choice, Selector, ranges
 from tensorpeft.model.shape import Site
 from tensorpeft.model.target import fits, is_meant
-from tensorpeft.network.modes import written_modes
 from tensorpeft.network.site_classes import Kind
 
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from tensorpeft.language.errors import fail
 from tensorpeft.language.keywords import SCORED
+from tensorpeft.language.modes import free_modes
 from tensorpeft.language.spec import MaskRule, Spec
 from tensorpeft.model.shape import Key
 from tensorpeft.network.initialisers import origins
 from tensorpeft.network.masks import Mask, kept_indices, masks_at
-from tensorpeft.network.modes import free_modes
 from tensorpeft.network.network import Block, Entries
 from tensorpeft.network.scores import Scores, served
 from tensorpeft.network.sharing import Layouts, Sizes, Use, Users, first_reference, serving_indices

@@ -10,12 +10,12 @@ from typing import TypeVar
 
 from tensorpeft.language.errors import fail, listing
 from tensorpeft.language.keywords import LAYER
+from tensorpeft.language.modes import Parts, expand, parts_of, split_modes
 from tensorpeft.language.source import Span
 from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Definition, Expression, Part, Spectral
 from tensorpeft.model.shape import ModelShape, Site
 from tensorpeft.network.initialisers import origins
-from tensorpeft.network.modes import Parts, parts_of, split_modes
 from tensorpeft.network.site_classes import Kind, chosen
 
 _Value = TypeVar("_Value")
@@ -53,17 +53,19 @@ class Layout:
         modes = (*carried, *SIDES)
         whole = dict.fromkeys(modes)
         while mixed := [mode for mode in whole if mode in parts and _overlaps(mode, whole, parts)]:
-            largest = max(mixed, key=lambda mode: len(_leaves(mode, parts)))  # its parts may be enough
+            largest = max(mixed, key=lambda mode: len(expand(mode, parts)))  # its parts may be enough
             del whole[largest]
             whole |= dict.fromkeys(parts[largest])
-        return {mode: _within(mode, whole, parts) for mode in modes}
+        return {mode: expand(mode, parts, whole) for mode in modes}
 
     def _chosen(self, carried: Iterable[str], span: Span | None) -> Parts:
         """Of each side that these modes carry a part of, the split that it is in."""
-        leaves = set[str]().union(*(_leaves(mode, self.parts) for mode in carried))
+        leaves = {leaf for mode in carried for leaf in expand(mode, self.parts)}
         found: Parts = {}
         for side, splits in self.splits.items():
-            meant = [split for split in splits if any(leaves & _leaves(part, self.parts) for part in split)]
+            meant = [
+                split for split in splits if any(not leaves.isdisjoint(expand(part, self.parts)) for part in split)
+            ]
             if len(meant) > 1:
                 ways = listing(" * ".join(split) for split in meant)
                 raise fail(f"this product splits {side} of {self.site} in several ways, {ways}; expected one", span)
@@ -73,16 +75,8 @@ class Layout:
 
 
 def _overlaps(mode: str, others: Iterable[str], parts: Parts) -> bool:
-    mine = _leaves(mode, parts)
-    return any(other != mode and not mine.isdisjoint(_leaves(other, parts)) for other in others)
-
-
-def _leaves(mode: str, parts: Parts) -> set[str]:
-    return set().union(*(_leaves(part, parts) for part in parts[mode])) if mode in parts else {mode}
-
-
-def _within(mode: str, whole: Iterable[str], parts: Parts) -> tuple[str, ...]:
-    return (mode,) if mode in whole else tuple(atom for part in parts[mode] for atom in _within(part, whole, parts))
+    mine = {*expand(mode, parts)}
+    return any(other != mode and not mine.isdisjoint(expand(other, parts)) for other in others)
 
 
 def layout(spec: Spec, model: ModelShape, kind: Kind) -> Layout:

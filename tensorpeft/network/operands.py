@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensorpeft.language.errors import fail, listing
+from tensorpeft.language.modes import free_modes
 from tensorpeft.language.spec import BASE_WEIGHT, SIDES, FactorRule, Spec
 from tensorpeft.language.syntax import Call, Product, Reference
 from tensorpeft.model.shape import Key, Site
 from tensorpeft.network.blocks import Storage
 from tensorpeft.network.mode_sizes import Layout
-from tensorpeft.network.modes import free_modes
 from tensorpeft.network.network import Axis, Block, Group, Operand, Term
 from tensorpeft.network.site_classes import Kind
 

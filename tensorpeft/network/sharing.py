@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensorpeft.language.errors import fail
+from tensorpeft.language.modes import free_modes, written_modes
 from tensorpeft.language.spec import SITE_MODES, Spec
 from tensorpeft.language.syntax import Reference
 from tensorpeft.model.shape import Key, Site
 from tensorpeft.network.mode_sizes import Layout
-from tensorpeft.network.modes import free_modes, written_modes
 from tensorpeft.network.site_classes import Kind
 
 Sizes = tuple[int, ...]  # of the free written modes of a factor

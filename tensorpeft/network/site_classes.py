@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from tensorpeft.language.errors import fail
 from tensorpeft.language.keywords import LAYER
+from tensorpeft.language.modes import used_modes
 from tensorpeft.language.names import in_sizes
 from tensorpeft.language.spec import STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Choice, Expression, Product, Selector
 from tensorpeft.model.shape import Site
 from tensorpeft.model.target import fits
-from tensorpeft.network.modes import used_modes
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from math import prod
 
 from tensorpeft.language.keywords import TASK_MODE
+from tensorpeft.language.modes import inside
 from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
 from tensorpeft.language.syntax import EVERYWHERE, Choice, Number, Selector, ranges
 from tensorpeft.model.shape import Key, Site
@@ -198,12 +199,5 @@ def _binding(mode: str, opened: set[str]) -> str:
 def _opened(network: Network) -> set[str]:
     """The modes in which the input or the output of a site is indexed: sides, their atoms, and what is between."""
     opened = {*SIDES, *(atom for group in network.groups for term in group.terms for atom in (*term.d_out, *term.d_in))}
-    return opened | {
-        definition.name for definition in network.spec.modes if _parts(network.spec, definition.name) & opened
-    }
-
-
-def _parts(spec: Spec, mode: str) -> set[str]:
-    """Everything that a mode comes down to, step by step."""
-    parts = {part.name for definition in spec.modes if definition.name == mode for part in definition.parts}
-    return parts.union(*(_parts(spec, part) for part in parts))
+    definitions = network.spec.modes
+    return opened | {each.name for each in definitions if not opened.isdisjoint(inside(definitions, (each.name,)))}

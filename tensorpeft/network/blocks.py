@@ -15,7 +15,7 @@ from tensorpeft.language.spec import MaskRule, Spec
 from tensorpeft.language.syntax import Spectral
 from tensorpeft.model.shape import Key, Site
 from tensorpeft.network.initialisers import origins
-from tensorpeft.network.mask_packing import KeptIndices, Masking
+from tensorpeft.network.mask_packing import FactorMasks, KeptIndices
 from tensorpeft.network.network import Axis, Block
 from tensorpeft.network.sharing import FreeSizes, Layouts, Placed, Sharing, Users, serving_indices, users_of
 from tensorpeft.network.site_classes import SiteClass
@@ -28,7 +28,7 @@ class Storage:
 
     sharing: Sharing
     policies: tuple[str, ...]  # of the free modes
-    masking: Masking | None
+    masking: FactorMasks | None
     blocks: tuple[Block, ...]
     of_site: dict[Key, tuple[Key, Block]]
     masked_axes: dict[tuple[str, Key], tuple[np.ndarray | None, ...]]  # by block and key
@@ -65,7 +65,7 @@ class Storage:
 
 
 def store(
-    spec: Spec, sharing: Sharing, placed: Placed, layouts: Layouts, masking: Masking | None, stack: str = ""
+    spec: Spec, sharing: Sharing, placed: Placed, layouts: Layouts, masking: FactorMasks | None, stack: str = ""
 ) -> Storage:
     """The blocks that hold a factor for its sites, which are those of a stack; its name is part of theirs.
 
@@ -146,7 +146,7 @@ def _one(name: str, block: Block, values: Sequence[float]) -> float:
     return values[0]
 
 
-def _kept(masking: Masking, block: Block, sizes: FreeSizes, users: Mapping[Key, Users]) -> dict[Key, KeptIndices]:
+def _kept(masking: FactorMasks, block: Block, sizes: FreeSizes, users: Mapping[Key, Users]) -> dict[Key, KeptIndices]:
     """What masks keep of each key of a block: by their rules, or as a checkpoint has it."""
     if block.name in masking.saved:
         return dict(zip(block.keys, masking.restored(block.name, block.keys, sizes, users), strict=True))

@@ -14,7 +14,7 @@ from tensorpeft.model.shape import Key, ModelShape
 from tensorpeft.model.stacks import by_stack
 from tensorpeft.model.target import choose
 from tensorpeft.network.checks import check_experts, check_names
-from tensorpeft.network.mask_packing import Masking, masking
+from tensorpeft.network.mask_packing import FactorMasks, masking
 from tensorpeft.network.mode_sizes import layout
 from tensorpeft.network.scores import Scores
 from tensorpeft.network.sharing import (
@@ -152,7 +152,7 @@ def _whole(spec: Spec, each: Sharing, shared: Counter[frozenset[SiteClass]], lay
     return total
 
 
-def _masked(masks: Masking, users: dict[tuple[Key, FreeSizes], Users]) -> int:
+def _masked(masks: FactorMasks, users: dict[tuple[Key, FreeSizes], Users]) -> int:
     """How many numbers masks leave of a factor; where the rules alone do not say it, by drawing them."""
     total = 0
     for (key, sizes), sites in users.items():

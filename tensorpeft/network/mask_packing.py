@@ -30,7 +30,7 @@ class KeptIndices:
 
 
 @dataclass(frozen=True)
-class Masking:
+class FactorMasks:
     """The mask rules of one factor, and what they read. ``saved`` are the indices of tensors that a checkpoint has."""
 
     spec: Spec
@@ -183,7 +183,7 @@ def _of_entries(entries: np.ndarray, sizes: FreeSizes, masked: Set[int]) -> Kept
 
 def masking(
     spec: Spec, sharing: Sharing, layouts: Layouts, scores: Scores, saved: Mapping[str, np.ndarray] | None = None
-) -> Masking | None:
+) -> FactorMasks | None:
     """The masks of a factor, those of the factor that it starts from among them; None if there are none.
 
     Raises:
@@ -199,7 +199,7 @@ def masking(
                     message = f"`{missing}` of `{factor}` holds site modes, and would mask whole matrices or layers"
                     raise fail(f"{message}; choose these under `target`", rule.span)
                 rules.append((rule, tuple(free.index(mode) for mode in rule.modes)))
-    return Masking(spec, sharing, layouts, scores, saved or {}, tuple(rules)) if rules else None
+    return FactorMasks(spec, sharing, layouts, scores, saved or {}, tuple(rules)) if rules else None
 
 
 def from_file(spec: Spec, factor: str) -> bool:

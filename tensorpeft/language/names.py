@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 
 from tensorpeft.language.keywords import BUILT_IN_MODES, SIZE_NAMES, TASK_MODE
+from tensorpeft.language.modes import inside
 from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
 from tensorpeft.language.syntax import Definition, Reference, Spectral
 
@@ -30,21 +31,6 @@ def first_modes(spec: Spec) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for reference in references(spec):
         found.setdefault(reference.factor, reference.modes)
-    return found
-
-
-def inside(definitions: Iterable[Definition], modes: Iterable[str]) -> set[str]:
-    """These modes, the parts of those that are defined, the parts of these, and so on."""
-    parts: dict[str, list[str]] = {}
-    for definition in definitions:
-        parts.setdefault(definition.name, []).extend(part.name for part in definition.parts)
-    found: set[str] = set()
-    ahead = [*modes]
-    while ahead:
-        mode = ahead.pop()
-        if mode not in found:
-            found.add(mode)
-            ahead += parts.get(mode, ())
     return found
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tensorpeft.language.errors import ModelError, did_you_mean, listing
-from tensorpeft.model.config import Sizes
+from tensorpeft.model.config import ConfigSizes
 from tensorpeft.model.family import Architecture, architecture, put
 from tensorpeft.model.shape import Linear, ModelShape, Parameter
 from tensorpeft.model.sites import resolve
@@ -111,7 +111,7 @@ def head_modules(config: Mapping[str, Any], model_class: str) -> tuple[str, ...]
     return tuple(path for path in classes.get(model_class, {}).get("modules", ()) if not path.startswith("."))
 
 
-def _refuse_uncounted(table: Mapping[str, Any], config: Mapping[str, Any], sizes: Sizes) -> None:
+def _refuse_uncounted(table: Mapping[str, Any], config: Mapping[str, Any], sizes: ConfigSizes) -> None:
     for key in table.get("uncounted", ()):
         if sizes[key] if key in table["switches"] else config.get(key):
             raise ModelError(f"`{key}` adds parameters that the table of `{config['model_type']}` does not count")
@@ -182,7 +182,7 @@ def _inside(known: Architecture, start: str) -> Iterable[_Weight]:
     return found.values()
 
 
-def _outside(table: Mapping[str, Any], added: Mapping[str, Any], start: str, sizes: Sizes) -> Iterator[_Weight]:
+def _outside(table: Mapping[str, Any], added: Mapping[str, Any], start: str, sizes: ConfigSizes) -> Iterator[_Weight]:
     """The weights outside the layers: those of the body, then those of the class, of which a dot in front says the body's."""
     entries = {f".{module}": entry for module, entry in table.get("modules", {}).items()} | added.get("modules", {})
     for path, entry in entries.items():
@@ -204,7 +204,7 @@ _OTHERS = {  # a table's key -> the name of what it counts, and the words of `tr
 }
 
 
-def _others(entries: Mapping[str, Any], where: str, sizes: Sizes) -> Iterator[Parameter]:
+def _others(entries: Mapping[str, Any], where: str, sizes: ConfigSizes) -> Iterator[Parameter]:
     """Parameters that are no site's, of the body or of the head: all norms, all others, and the biases of each."""
     counts = {key: sizes.value(entries.get(key, 0)) for key in _OTHERS}
     counts["norms"] -= counts["norm_biases"]

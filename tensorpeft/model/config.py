@@ -15,7 +15,7 @@ from tensorpeft.language.syntax import Expression
 MAX_SIZE = 10**9  # beyond every model there is: a slip in a config must not fill the memory
 
 
-class Sizes:
+class ConfigSizes:
     """Named sizes, each computed when it is asked for.
 
     A rule is arithmetic over other sizes and the config's keys (its own name stands for the key of that name); a list

@@ -25,7 +25,7 @@ from functools import cache, cached_property
 from typing import Any
 
 from tensorpeft.language.errors import ModelError, did_you_mean, listing
-from tensorpeft.model.config import MAX_SIZE, Sizes
+from tensorpeft.model.config import MAX_SIZE, ConfigSizes
 from tensorpeft.model.shape import Rows, distinct, weight_path
 from tensorpeft.model.tables import FOLDER, read_table
 
@@ -165,14 +165,14 @@ def _filled(part: Any, name: str, value: object) -> Any:
     return part.replace(f"{{{name}}}", str(value)) if isinstance(part, str) else part
 
 
-def put(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sizes]:
+def put(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ConfigSizes]:
     """The table of a config's model type, and its rules put to the config."""
     family = config.get("model_type")
     if family not in families():
         found = "the config has no `model_type`" if family is None else f"model type `{family}` is not known"
         raise ModelError(f"{found}, expected one of {listing(families(), 40)}{did_you_mean(str(family), families())}")
     table = _table(str(family))
-    return table, Sizes({**table["sizes"], **table["switches"]}, {**table.get("config", {}), **_flat(config)})
+    return table, ConfigSizes({**table["sizes"], **table["switches"]}, {**table.get("config", {}), **_flat(config)})
 
 
 @cache
@@ -206,7 +206,7 @@ def _sensible(name: str, size: int) -> int:
     return size
 
 
-def _matrix(role: str, entry: Mapping[str, Any], sizes: Sizes, reads: str | None) -> Matrix:
+def _matrix(role: str, entry: Mapping[str, Any], sizes: ConfigSizes, reads: str | None) -> Matrix:
     d_out, d_in = sizes.value(entry["d_out"]), sizes.value(entry["d_in"])
     ((side, heads),) = entry["heads"].items() if "heads" in entry else ((None, None),)
     rows = {"count": d_out, **entry["rows"]} if "rows" in entry else None

@@ -14,11 +14,21 @@ from tensorpeft.model.shape import Key, ModelShape
 from tensorpeft.model.stacks import by_stack
 from tensorpeft.model.target import choose
 from tensorpeft.network.checks import check_experts, check_names
-from tensorpeft.network.mask_packing import Masking, masking
+from tensorpeft.network.mask_packing import FactorMasks, masking
 from tensorpeft.network.mode_sizes import layout
 from tensorpeft.network.scores import Scores
-from tensorpeft.network.sharing import Layouts, Placed, Sizes, Use, Users, refuse_ragged, serving_sizes, use, users_of
-from tensorpeft.network.site_classes import Kind, kinds
+from tensorpeft.network.sharing import (
+    FreeSizes,
+    Layouts,
+    Placed,
+    Sharing,
+    Users,
+    refuse_ragged,
+    serving_sizes,
+    sharing_of,
+    users_of,
+)
+from tensorpeft.network.site_classes import SiteClass, site_classes
 from tensorpeft.network.spectral import refuse_excess
 
 MAX_RANK = 1 << 20
@@ -34,7 +44,7 @@ def n_trained(spec: Spec, model: ModelShape) -> int:
     if not spec.update.products:
         return 0
     check_names(spec, sites)
-    stacks = tuple(kinds(spec, members) for members in by_stack(sites).values())
+    stacks = tuple(site_classes(spec, members) for members in by_stack(sites).values())
     for placed in stacks:
         check_experts(spec, placed)
     return _counter(spec, model, stacks)(fitted(spec, model, stacks))
@@ -101,17 +111,17 @@ def _counter(spec: Spec, model: ModelShape, stacks: Sequence[Placed]) -> Callabl
 
 
 def _of_stack(spec: Spec, model: ModelShape, placed: Placed) -> Callable[[Spec], int]:
-    present = tuple(dict.fromkeys(kind for _, kind in placed))
-    uses = [use(spec, name, present) for name, _ in spec.factors]
+    present = tuple(dict.fromkeys(site_class for _, site_class in placed))
+    uses = [sharing_of(spec, name, present) for name, _ in spec.factors]
     trained = [each for each in uses if not spec.factor(each.factor).frozen]
     shared = {each.factor: _shared(each, placed) for each in trained}
     scores = Scores(spec)
 
     def count(sized: Spec) -> int:
-        layouts = {kind: layout(sized, model, kind) for kind in present}
+        layouts = {site_class: layout(sized, model, site_class) for site_class in present}
         total = 0
         for each in uses:
-            refuse_ragged(sized, each, [each.sizes(kind, layouts) for kind in each.names])
+            refuse_ragged(sized, each, [each.sizes(site_class, layouts) for site_class in each.names])
             refuse_excess(sized, each, layouts)
         for each in trained:
             masks = masking(sized, each, layouts, scores)
@@ -124,25 +134,25 @@ def _of_stack(spec: Spec, model: ModelShape, placed: Placed) -> Callable[[Spec],
     return count
 
 
-def _shared(each: Use, placed: Placed) -> Counter[frozenset[Kind]]:
-    """How many keys of a factor are used by just these kinds of sites."""
-    users: dict[Key, set[Kind]] = defaultdict(set)
-    for site, kind in placed:
-        if kind in each.names:
-            users[each.key(site)].add(kind)
+def _shared(each: Sharing, placed: Placed) -> Counter[frozenset[SiteClass]]:
+    """How many keys of a factor are used by just these classes of sites."""
+    users: dict[Key, set[SiteClass]] = defaultdict(set)
+    for site, site_class in placed:
+        if site_class in each.names:
+            users[each.key(site)].add(site_class)
     return Counter(map(frozenset, users.values()))
 
 
-def _whole(spec: Spec, each: Use, shared: Counter[frozenset[Kind]], layouts: Layouts) -> int:
+def _whole(spec: Spec, each: Sharing, shared: Counter[frozenset[SiteClass]], layouts: Layouts) -> int:
     """How many numbers the blocks of an unmasked factor hold."""
     total = 0
     for users, keys in shared.items():
-        wanted = frozenset(each.sizes(kind, layouts) for kind in users)
+        wanted = frozenset(each.sizes(site_class, layouts) for site_class in users)
         total += keys * sum(prod(sizes) for sizes in set(serving_sizes(spec, each, wanted).values()))
     return total
 
 
-def _masked(masks: Masking, users: dict[tuple[Key, Sizes], Users]) -> int:
+def _masked(masks: FactorMasks, users: dict[tuple[Key, FreeSizes], Users]) -> int:
     """How many numbers masks leave of a factor; where the rules alone do not say it, by drawing them."""
     total = 0
     for (key, sizes), sites in users.items():

@@ -13,7 +13,7 @@ import numpy as np
 from tensorpeft.language.errors import SpecError, did_you_mean, fail, listing
 from tensorpeft.language.spec import SIDES, MaskRule, Spec
 from tensorpeft.model.shape import Site
-from tensorpeft.network.mode_sizes import Layout
+from tensorpeft.network.mode_sizes import ModeLayout
 
 
 class Scores:
@@ -27,7 +27,7 @@ class Scores:
         beside = Path(spec.source.name).parent / self._name if spec.source else Path(self._name)
         self._path = beside if beside.is_file() else Path(self._name)
 
-    def at(self, site: Site, names: Sequence[str], layout: Layout, rule: MaskRule) -> np.ndarray:
+    def at(self, site: Site, names: Sequence[str], layout: ModeLayout, rule: MaskRule) -> np.ndarray:
         """The scores of a site over the grid of some modes: as they are, or summed over the rest of the weight's elements.
 
         Raises:

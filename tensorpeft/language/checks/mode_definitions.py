@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Set
 from tensorpeft.language import names
 from tensorpeft.language.errors import Problem, did_you_mean, listing
 from tensorpeft.language.keywords import BUDGET, BUILT_IN_MODES, TASK_MODE
+from tensorpeft.language.modes import inside
 from tensorpeft.language.nodes import Table
 from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, Spec
 from tensorpeft.language.syntax import CONSTANTS, Definition, Part, Reference
@@ -16,7 +17,7 @@ def definitions(spec: Spec, table: Table) -> Iterator[Problem]:
     """A side, or a part of it, is split into new modes; a new mode fuses modes that are known."""
     bonds, parts = set(names.bonds(spec)), names.side_parts(spec.modes)
     carried = (mode for reference in names.references(spec) for mode in reference.modes)
-    used = names.inside([d for d in spec.modes if d.name not in (*SIDES, *parts)], carried)
+    used = inside([d for d in spec.modes if d.name not in (*SIDES, *parts)], carried)
     seen, owners = set[str](), dict[str, str]()
     for definition in spec.modes:
         name, splits = definition.name, definition.name in (*SIDES, *parts)
@@ -32,7 +33,7 @@ def definitions(spec: Spec, table: Table) -> Iterator[Problem]:
                 yield Problem(message, part.span)
             if splits:
                 owners.setdefault(part.name, name)
-        within = names.inside(spec.modes, (part.name for part in definition.parts)) if splits else {name}
+        within = inside(spec.modes, (part.name for part in definition.parts)) if splits else {name}
         if not used & within:
             yield Problem(f"`{definition}` is defined, but no factor carries it", definition.span)
 
@@ -63,7 +64,7 @@ def _not_fused(spec: Spec, definition: Definition, part: Part, fusible: Set[str]
     """Why a mode cannot be fused with others."""
     name = part.name
     defined = {d.name for d in spec.modes} - {*SIDES}
-    if name in defined and name not in fusible and definition.name in names.inside(spec.modes, (name,)):
+    if name in defined and name not in fusible and definition.name in inside(spec.modes, (name,)):
         return f"`{definition.name}` would be a part of itself"
     known = {*BUILT_IN_MODES, *fusible, *defined}
     if name not in known:

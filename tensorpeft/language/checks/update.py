@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from tensorpeft.language import names
 from tensorpeft.language.errors import Problem, clip, did_you_mean, listing
 from tensorpeft.language.keywords import TASK_MODE
+from tensorpeft.language.modes import inside
 from tensorpeft.language.nodes import Table
 from tensorpeft.language.spec import SIDES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Definition, Product, Reference
@@ -46,9 +47,9 @@ def open_sides(spec: Spec, table: Table) -> Iterator[Problem]:
 def _several_splits(spec: Spec, carried: set[str]) -> list[Definition]:
     """Of a side that these modes have parts of by several of its definitions, these."""
     others = [definition for definition in spec.modes if definition.name not in SIDES]
-    inside = names.inside(others, carried)
+    within = inside(others, carried)
     for side in SIDES:
-        ways = [d for d in names.splits(spec, side) if inside & names.inside(others, (part.name for part in d.parts))]
+        ways = [d for d in names.splits(spec, side) if within & inside(others, (part.name for part in d.parts))]
         if len(ways) > 1:
             return ways
     return []

@@ -395,3 +395,33 @@ def test_a_config_file_is_a_model(tmp_path):
     path.write_text(json.dumps(config), encoding="utf-8")
     found = json.loads(done("report", "lora", "--model", str(path), "--format", "json"))
     assert found["trainable"] == 2 * 2 * 8 * (64 + 64)
+
+
+# that take long to import, and who needs them
+HEAVY = {"lark", "jsonschema", "yaml", "numpy", "networkx", "opt_einsum", "tabulate", "safetensors", "torch"}
+READS = {"lark", "jsonschema", "yaml"}
+
+
+@pytest.mark.parametrize(
+    ("command", "needs"),
+    [
+        ("--help", set()),
+        ("--version", set()),
+        ("report --help", set()),
+        ("check lorta", READS),
+        ("expand lorta", READS),
+        ("report lorta --model llama-3-70b", HEAVY - {"safetensors", "torch"}),
+        ("report lorta --model llama-3-70b --format json", HEAVY - {"tabulate", "safetensors", "torch"}),
+        ("catalogue --format json", READS | {"numpy"}),
+    ],
+)
+def test_a_command_imports_what_it_needs(command, needs):
+    script = (
+        "import sys; from tensorpeft.cli import main; main(sys.argv[1:], standalone_mode=False); "
+        "print(*sys.modules, file=sys.stderr)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    run = [sys.executable, "-c", script, *command.split()]
+    imported = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stderr.split()
+    assert "tensorpeft.cli" in imported
+    assert HEAVY.intersection(imported) == needs

@@ -183,8 +183,8 @@ def _layers(tree: Tree, text: Scalar) -> range:
 
 
 def _rule(tree: Tree) -> str:
-    """A rule's name; imported rules carry the name of their file in front."""
-    return str(tree.data).rsplit("__", 1)[-1]
+    """A rule's name."""
+    return str(tree.data)
 
 
 def _expression(tree: Tree, text: Scalar) -> Expression:

@@ -109,7 +109,7 @@ class Operation:
 def _bracketed(operand: Expression, precedence: int, sign: bool) -> str:
     """An operand, in brackets where it binds less tightly than ``precedence``, or has a sign that must stay with it."""
     loose = isinstance(operand, Operation) and _PRECEDENCE[operand.op] < precedence
-    signed = sign and isinstance(operand, Number) and operand.value < 0
+    signed = sign and isinstance(operand, Number) and math.copysign(1, operand.value) < 0  # that of -0.0 too
     return f"({operand})" if loose or signed else str(operand)
 
 

@@ -12,7 +12,7 @@ from torch import fx
 from tensorpeft.emission import ops
 from tensorpeft.emission.index import Index
 from tensorpeft.emission.intern import module
-from tensorpeft.emission.lowering import Piece
+from tensorpeft.emission.lowering import Argument
 from tensorpeft.emission.prologue import PrologueCode
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.network import Block, Term
@@ -96,7 +96,7 @@ class NormCode(PrologueCode):
         """A link's tensor at each site, (sites, *axes)."""
         sites = planned.group.sites
         bundles = tuple((number,) for number in range(len(sites)))
-        part = self.part(planned.group, term, link, Piece(link.operands, axes, link.trainable, False), bundles)
+        part = self.part(planned.group, term, link, Argument(link.operands, axes, link.trainable, False), bundles)
         node = self._call(ops.cast, part.node, self.dtype)
         if any(len(axis) != 1 for axis in axes):
             node = self._call("reshape", node, (-1, *part.shape))

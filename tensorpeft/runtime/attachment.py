@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.runtime.base_weight import weight_place
-from tensorpeft.runtime.engine import Engine, SiteUpdate
+from tensorpeft.runtime.engine import Engine
 from tensorpeft.runtime.hooks import (
     PREFIX,
     Mark,
@@ -21,6 +21,7 @@ from tensorpeft.runtime.hooks import (
 )
 from tensorpeft.runtime.ledger import entry, known
 from tensorpeft.runtime.replacement import OutputUpdate, ReplacedWeight
+from tensorpeft.runtime.site_update import SiteUpdate
 from tensorpeft.runtime.state import Held, State
 from tensorpeft.runtime.torch_internals import remove_forward_hooks
 
@@ -136,13 +137,14 @@ def _join(engine: Engine, module: nn.Module, path: str) -> None:
     state, weights = engine.state, engine.weights
     forward = forward_of(module)
     updates: list[SiteUpdate | OutputUpdate] = []
-    if path in engine.programs.main.outputs or path in engine.programs.main.inputs:
+    if any(site.module == path and site.kind == "linear" for site in state.network.sites):
         updates.append(SiteUpdate(engine, path))
     if path in weights.called:
         updates.append(OutputUpdate(engine, weights.called[path]))
+    ahead = [SiteUpdate(engine, path, ahead=True)] if path in engine.programs.main.inputs else []
     for other in forward.states:
         state.neighbours.add(other)
         other.neighbours.add(state)
     state.modules.append(module)
     module.__dict__["forward"] = forward
-    forward.join(updates, [ReplacedWeight(engine, each) for each in weights.read.get(path, ())])
+    forward.join(updates, ahead, [ReplacedWeight(engine, each) for each in weights.read.get(path, ())])

@@ -46,10 +46,7 @@ class Run:
 
 
 class SharedInput:
-    """One input set of a program: sites that read one tensor. It keeps what it computed while one of its modules waits for it.
-
-    This runs at every site of every pass, where each call of the interpreter's counts: hence the few functions and the slots.
-    """
+    """One input set of a program: sites that read one tensor. It keeps what it computed while one of its modules waits for it."""
 
     def __init__(self, state: State, cache: FactorCache, number: int) -> None:
         self.state, self.cache, self.number = state, cache, number
@@ -59,52 +56,21 @@ class SharedInput:
         self.run: Run | None = None
         self._by_base, self._by_task = program.kind.by_base, program.kind.by_task
         self._behind = self.call.at == "output"
-        self._forward, self._pick = program.forward.code.forward, picker(program.forward.takes)
-        self._returns = program.forward.returns
+        self.forward, self.pick, self.returns = program.forward.run, program.forward.pick, program.forward.returns
         self.epilogues = [(each.code.forward, picker(each.takes[1:])) for each in program.epilogues]
         assert all(each.takes[0] == "y" for each in program.epilogues)
 
-    def add(self, place: int, module: nn.Module, x: Tensor, y: Tensor, grad: bool) -> Tensor | None:
-        """The output y (..., d_out) of one of its modules for the input x (..., d_in) with the updates added, in y's memory.
-
-        None if something looks on that needs every step to be a function without effects (``traced``).
-        """
-        mine, run = 1 << place, self.run
-        if (
-            run is None
-            or run.x is not x
-            or run.grad is not grad
-            or not run.waiting & mine
-            or (run.version >= 0 and x._version != run.version)
-            or (grad and backward_pass() != run.number)
-        ):
-            run = self._begin(module, x, y, grad)
-            if run is None:
-                return None
-        run.waiting &= ~mine
-        self.run = run if run.waiting else None
-        base = y._base
-        if run.kept or not y.is_contiguous():
-            target = y.clone(memory_format=torch.contiguous_format)
-        elif base is None:
-            target = y  # the base's own output, fresh, which nobody else has seen yet
-        else:  # autograd wants the whole, and not a view of it, to be written to
-            target = base if base.is_contiguous() and base.numel() == y.numel() else y.clone()
-        if run.handles:
-            target = _add_update(target, run.handles[place], self.epilogues[place], run.given)
-        else:
-            epilogue, pick = self.epilogues[place]
-            epilogue(target, *pick(run.given))
-        return target if target.shape == y.shape else target.view(y.shape)
-
-    def _begin(self, module: nn.Module, x: Tensor, y: Tensor, grad: bool) -> Run | None:
-        """Compute what the sites have in common."""
-        if transforms_are_active() or tracing_state() is not None:
+    def begin(self, module: nn.Module, x: Tensor, y: Tensor, grad: bool) -> Run | None:
+        """Compute what the sites have in common; None if something looks on that needs functions without effects (``traced``)."""
+        if transforms_are_active() or (not self.cache.now.thread and tracing_state() is not None):
             return None
         prepared = self.cache.prepared(y, grad)
         run = Run()  # filled in here, as an __init__ would be a call more
         run.x, run.grad, run.waiting, run.handles = x, grad, self.all, ()
-        run.version = -1 if not grad and x.is_inference() else x._version
+        try:
+            run.version = x._version
+        except RuntimeError:  # a tensor of inference mode counts none
+            run.version = -1
         run.number = backward_pass() if grad else -1
         run.kept = grad and outputs_are_kept()
         source = product_of(module, self.call.modules[0], y) if self._behind else x
@@ -119,14 +85,9 @@ class SharedInput:
         if prepared.token is not None and (prepared.token.requires_grad or cast.requires_grad):
             run.handles = _common(cast, prepared.token, self, prepared, given)
         else:
-            self.compute(given)
+            for name, value in zip(self.returns, self.forward(*self.pick(given)), strict=True):
+                given[name] = value  # noqa: PERF403 - a comprehension is a call
         return run
-
-    def compute(self, given: Given) -> None:
-        """What the sites have in common, put among what is given."""
-        results = self._forward(*self._pick(given))
-        for name, value in zip(self._returns, results, strict=True):
-            given[name] = value
 
 
 class _Common(torch.autograd.Function):
@@ -134,7 +95,8 @@ class _Common(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, shared: SharedInput, prepared: Prepared, given: Given) -> Any:
-        shared.compute(given)
+        for name, value in zip(shared.returns, shared.forward(*shared.pick(given)), strict=True):
+            given[name] = value
         program = shared.call.program
         ctx.to_x, ctx.to_arguments = ctx.needs_input_grad[:2]
         ctx.function = function = program.backward(shared.all, to_x=ctx.to_x, to_arguments=ctx.to_arguments)
@@ -183,18 +145,17 @@ class _AddUpdate(torch.autograd.Function):
     """Adds an update to an output, in its memory."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, handle: Tensor, epilogue: tuple[Any, Any], given: Given) -> Tensor:
+    def forward(ctx: Any, y: Tensor, handle: Tensor, epilogue: Any, pick: Any, given: Given) -> Tensor:
         ctx.mark_dirty(y)
         ctx.shape = handle.shape
-        code, pick = epilogue
-        code(y, *pick(given))
+        epilogue(y, *pick(given))
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         mine = gradient if gradient.shape == ctx.shape else gradient.reshape(ctx.shape)
-        return gradient, mine, None, None
+        return gradient, mine, None, None, None
 
 
 _common: Callable[..., tuple[Tensor, ...]] = apply_of(_Common)
-_add_update: Callable[..., Tensor] = apply_of(_AddUpdate)
+add_update: Callable[..., Tensor] = apply_of(_AddUpdate)

@@ -99,7 +99,8 @@ def own_bits(parameter: Tensor) -> Tensor:
 
 def product_of(module: nn.Module, site: Site, y: Tensor) -> Tensor:  # shape: (..., d_out) of the site
     """W x of a site, from the output y of its module: its rows, in memory of their own, less the bias."""
-    bias: Any = getattr(module, "bias", None)
+    own = module._parameters
+    bias: Any = own["bias"] if "bias" in own else getattr(module, "bias", None)
     found = y if site.rows is None else _rows(y, site.rows)
     if bias is None:
         return found.clone()

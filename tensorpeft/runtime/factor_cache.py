@@ -20,11 +20,9 @@ from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.gradients import Gradients, token_of
 from tensorpeft.runtime.program_cache import Program
 from tensorpeft.runtime.site_tensors import quotient
-from tensorpeft.runtime.torch_internals import outputs_are_kept, without_dispatch_modes
+from tensorpeft.runtime.torch_internals import is_in_distributed_forward, outputs_are_kept, without_dispatch_modes
 
-Norms = Callable[
-    [], dict[str, Tensor]
-]  # of factors that are divided by something: by what, by the names of their blocks
+Norms = Callable[[], dict[str, Tensor]]  # what some factors are divided by, by the names of their blocks
 Divisors = tuple[Tensor | None, ...]  # the same, for each factor that the prologue takes
 Place = tuple[dict[str, Any], str]  # where torch keeps a factor
 
@@ -42,17 +40,36 @@ class Prepared:
     gradients: Gradients | None = None
 
 
+class Pass:
+    """The forward pass of a model that is on."""
+
+    def __init__(self) -> None:
+        self.number, self.thread = 0, 0
+        self.distributed = False  # whether it is part of one of DistributedDataParallel
+
+    def begin(self) -> None:
+        """A pass begins, in this thread."""
+        self.number, self.thread, self.distributed = self.number + 1, get_ident(), is_in_distributed_forward()
+
+    def end(self) -> None:
+        """It is over."""
+        self.thread = 0
+
+
 class _Made:
     """Results, and what tells whether they are those of the factors as they are."""
 
-    def __init__(self, prepared: Prepared, places: list[Place], *, within_a_pass: bool) -> None:
-        self.prepared = prepared
+    def __init__(self, prepared: Prepared, places: list[Place], now: Pass, *, guarded: bool) -> None:
+        self.prepared, self.number = prepared, now.number
         self.guards: list[tuple[dict[str, Any], str, Tensor, int]] = []
         for holder, name in places:
-            factor = holder[name]
-            self.guards += [(holder, name, factor, -1 if factor.is_inference() else factor._version)]
+            try:
+                version = holder[name]._version
+            except RuntimeError:  # a tensor of inference mode counts none
+                version = -1
+            self.guards += [(holder, name, holder[name], version)]
         self.pointers: list[int] | None = None
-        if not within_a_pass:
+        if guarded:
             self.look_at_memory()
 
     def look_at_memory(self) -> None:
@@ -67,37 +84,29 @@ class _Made:
 
 
 class FactorCache:
-    """The results of a program's prologue. The model's forward starts by forgetting them.
+    """The results of a program's prologue. A forward of the model believes none that was there before.
 
     Within that, the versions of the factors guard them. A module that is called by itself, and checkpointing, which runs parts of
     the forward again during the backward pass and must meet the same tensors, also look at where the numbers lie. What is
     written through ``.data`` into the same place no one can see: after that, ``Adapter.refresh`` is to be called.
     """
 
-    def __init__(self, program: Program, factors: Factors, norms: Norms) -> None:
-        self.program, self.factors, self.norms = program, factors, norms
+    def __init__(self, program: Program, factors: Factors, norms: Norms | None, now: Pass) -> None:
+        self.program, self.factors, self.norms, self.now = program, factors, norms, now
         self._places = [(factors.holder(name), name) for name in program.code.inputs]
-        self._thread = 0  # of which a forward of the model is on
-        self._distributed = False  # whether that is part of one of DistributedDataParallel
         self.forget()
 
-    def begin(self, thread: int, *, distributed: bool) -> None:
-        """A forward of the model begins."""
-        self._made, self._thread, self._distributed = {}, thread, distributed
-
     def end(self) -> None:
-        """It is over. Only a backward pass may want the results again."""
-        self._thread = 0
-        if not self._made:
-            return
-        self._made = {key: made for key, made in self._made.items() if key[2]}
-        for made in self._made.values():
-            if made.pointers is None:
-                made.look_at_memory()
-
-    def as_others(self, other: FactorCache) -> None:
-        """It is made in the middle of a pass."""
-        self._thread, self._distributed = other._thread, other._distributed
+        """A pass is over. Only a backward pass may want its results again."""
+        if self._made:
+            left = {}
+            for key in self._made:
+                if key[2] and self._made[key].number == self.now.number:
+                    left[key] = self._made[key]
+            self._made = left
+            for key in left:
+                if left[key].pointers is None:
+                    left[key].look_at_memory()
 
     def forget(self) -> None:
         """Drop the results."""
@@ -109,26 +118,31 @@ class FactorCache:
         Raises:
             AdapterError: a factor that the spec freezes is to have a gradient, or the factors have no values.
         """
-        key = y.dtype, y.device, grad
+        key, now = (y.dtype, y.device, grad), self.now
         try:
             made = self._made[key]
-        except KeyError:  # not there, or another thread has just forgotten it
+        except KeyError:  # not there, or another thread has just dropped it
+            return self._make(*key)
+        if made.number != now.number:
             return self._make(*key)
         for holder, name, factor, version in made.guards:
             if holder[name] is not factor or (version >= 0 and factor._version != version):
                 return self._make(*key)
-        if made.pointers is None or (self._thread == get_ident() and not y.is_cuda):
+        if made.pointers is None or (now.thread and now.thread == get_ident() and not y.is_cuda):
             return made.prepared
         return made.prepared if made.lies_where_it_lay() else self._make(*key)
 
     def _make(self, dtype: torch.dtype, device: torch.device, grad: bool) -> Prepared:
+        for holder, name in self._places:
+            if holder is self.factors._buffers and holder[name].requires_grad:
+                self.factors.refuse_thawed(name)
         factors = tuple([holder[name] for holder, name in self._places])
-        self.factors.refuse_thawed(self.program.code.inputs)
-        refuse_empty(factors, device)
+        if factors[0].is_meta:
+            refuse_empty(device)
         by_autograd = (self.program, dtype, device, factors, self.norms)
         prepared = self._by_hand(dtype, device, factors) if grad else recorded(*by_autograd)
-        within = self._thread == get_ident() and device.type != "cuda"
-        self._made[dtype, device, grad] = _Made(prepared, self._places, within_a_pass=within)
+        guarded = self.now.thread != get_ident() or device.type == "cuda"
+        self._made[dtype, device, grad] = _Made(prepared, self._places, self.now, guarded=guarded)
         return prepared
 
     def _by_hand(self, dtype: torch.dtype, device: torch.device, factors: tuple[Tensor, ...]) -> Prepared:
@@ -137,7 +151,7 @@ class FactorCache:
         with torch.no_grad(), without_dispatch_modes() if outputs_are_kept() else nullcontext():
             over, indices = divisors(program, self.norms), program.indices(factors[0].device)[0]
             stacks = stacked(program.code.prologue, dtype, device, factors, over, indices)
-        gradients = Gradients(stacks, factors, distributed=self._distributed)
+        gradients = Gradients(stacks, factors, distributed=self.now.distributed)
 
         def again(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return stacked(program.code.prologue, dtype, device, leaves, over, indices)
@@ -145,13 +159,13 @@ class FactorCache:
         return Prepared(_given(program, stacks, device), token_of(gradients, again, *factors), gradients)
 
 
-def refuse_empty(factors: tuple[Tensor, ...], device: torch.device) -> None:
+def refuse_empty(device: torch.device) -> None:
     """Factors on the meta device have nothing to compute with.
 
     Raises:
-        AdapterError: they are there, and the input is not.
+        AdapterError: the input is on another one.
     """
-    if factors[0].is_meta and device.type != "meta":
+    if device.type != "meta":
         raise AdapterError(
             "the adapter's factors are on the meta device and have no values; "
             "attach it when the model's weights are loaded, and to a model that is not offloaded"
@@ -164,7 +178,7 @@ def _is_captured() -> bool:
 
 
 def recorded(
-    program: Program, dtype: torch.dtype, device: torch.device, factors: tuple[Tensor, ...], norms: Norms
+    program: Program, dtype: torch.dtype, device: torch.device, factors: tuple[Tensor, ...], norms: Norms | None
 ) -> Prepared:
     """The results by autograd's own record, where there is one."""
     over, indices = divisors(program, norms), program.indices(factors[0].device)[0]
@@ -172,10 +186,12 @@ def recorded(
     return Prepared(_given(program, stacks, device))
 
 
-def divisors(program: Program, norms: Norms) -> Divisors:
-    """What each block that the prologue takes is divided by."""
-    found, names = norms(), program.code.inputs
-    return tuple([found.get(name) for name in names]) if found else (None,) * len(names)
+def divisors(program: Program, norms: Norms | None) -> Divisors | None:
+    """What each block that the prologue takes is divided by; None where nothing is."""
+    if norms is None:
+        return None
+    found = norms()
+    return tuple([found.get(name) for name in program.code.inputs])
 
 
 def stacked(
@@ -183,19 +199,19 @@ def stacked(
     dtype: torch.dtype,
     device: torch.device,
     factors: tuple[Tensor, ...],
-    norms: Divisors,
+    norms: Divisors | None,
     indices: tuple[Tensor, ...],
 ) -> tuple[Tensor, ...]:
     """The stacks as they are, (rows, ...) each."""
     kind = factors[0].device.type
-    divided = [factor if over is None else quotient(factor, over) for factor, over in zip(factors, norms, strict=True)]
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(
-        kind
-    ):  # it would round what the factors' own dtype is to be
+    if norms is not None:
+        pairs = zip(factors, norms, strict=True)
+        factors = tuple([factor if over is None else quotient(factor, over) for factor, over in pairs])
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # it would round the factors
         with torch.autocast(kind, enabled=False):
-            found = code.forward(dtype, *divided, *indices)
+            found = code.forward(dtype, *factors, *indices)
     else:
-        found = code.forward(dtype, *divided, *indices)
+        found = code.forward(dtype, *factors, *indices)
     return found if factors[0].device == device else tuple([stack.to(device) for stack in found])
 
 

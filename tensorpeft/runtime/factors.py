@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -50,17 +50,15 @@ class Factors(nn.Module):
         """All of them, trained and frozen."""
         return [*self.parameters(), *self.buffers()]
 
-    def refuse_thawed(self, names: Iterable[str]) -> None:
+    def refuse_thawed(self, name: str) -> None:
         """Nothing computes a gradient of what the spec freezes.
 
         Raises:
-            AdapterError: one of these is to have one.
+            AdapterError: it is to have one.
         """
-        for name in names:
-            if name in self._buffers and self[name].requires_grad:
-                raise AdapterError(
-                    f"factor `{name}` is frozen by its spec, found `requires_grad`; to train it, let the spec not freeze it"
-                )
+        raise AdapterError(
+            f"factor `{name}` is frozen by its spec, found `requires_grad`; to train it, let the spec not freeze it"
+        )
 
     def fill(self, block: Block, seed: int) -> None:
         """Set a block to its initial values, if they do not come from the base weight."""

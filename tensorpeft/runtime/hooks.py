@@ -25,13 +25,9 @@ class Update(Protocol):
     """What one adapter does at one module that it is called by."""
 
     state: State
-    changes_input: bool
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The output of the module for an input, with the update added; the output is fresh, and may be written to."""
-
-    def ahead(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The input that the module is to have instead."""
+        """The output y of a module for an input x, or the input that it is to have, with the update; y may be written to."""
 
 
 class Replacement(Protocol):
@@ -50,12 +46,12 @@ class ModuleForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.before = module.__dict__.get("forward")  # as another library has put one there
-        self.updates: tuple[Update, ...] = ()
+        self.updates: tuple[Update, ...] = ()  # of the output
+        self.ahead: tuple[Update, ...] = ()  # of the input
         self.replacements: tuple[Replacement, ...] = ()
         self._bind()
 
     def _bind(self) -> None:
-        self.changes_input = any(update.changes_input for update in self.updates)
         self._turn = RLock()
         self.base: Callable[..., Any] = self.before or type(self.module).forward.__get__(self.module)
         self.__wrapped__ = self.base  # whose signature is this one's
@@ -68,10 +64,8 @@ class ModuleForward:
         module, x = self.module, args[0] if args else named.get(self.input_name)
         if x.__class__ is Tensor and x.is_nested:
             _refuse_nested(module)
-        if not self.updates:
-            return self._with_weights(args, named)
-        given = self._changed(module, x) if self.changes_input else x
-        if given is not x:
+        if self.ahead:
+            given = self._changed(module, x)
             args, named = ((given, *args[1:]), named) if args else (args, {**named, self.input_name: given})
         y = self._with_weights(args, named) if self.replacements else self.base(*args, **named)
         for update in self.updates:
@@ -82,9 +76,9 @@ class ModuleForward:
     def _changed(self, module: nn.Module, x: Tensor) -> Tensor:
         """The input, with what goes through the module's weight added."""
         changed = x
-        for update in self.updates:
-            if update.changes_input and update.state.working:
-                changed = update.ahead(module, changed)
+        for update in self.ahead:
+            if update.state.working:
+                changed = update(module, x, x.clone() if changed is x else changed)
         return changed
 
     def _with_weights(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
@@ -111,26 +105,28 @@ class ModuleForward:
     @property
     def states(self) -> dict[State, None]:
         """The adapters that do, in the order in which they came."""
-        return dict.fromkeys([each.state for each in (*self.updates, *self.replacements)])
+        return dict.fromkeys([each.state for each in (*self.updates, *self.ahead, *self.replacements)])
 
-    def join(self, updates: Iterable[Update], replacements: Iterable[Replacement]) -> None:
+    def join(self, updates: Iterable[Update], ahead: Iterable[Update], replacements: Iterable[Replacement]) -> None:
         """Let an adapter take part."""
-        self.updates, self.replacements = (*self.updates, *updates), (*self.replacements, *replacements)
+        self.updates, self.ahead = (*self.updates, *updates), (*self.ahead, *ahead)
+        self.replacements = (*self.replacements, *replacements)
         self._bind()
 
     def leave(self, state: State) -> None:
         """Let an adapter do so no longer; with the last one the module has its own forward again."""
         self.updates = tuple([each for each in self.updates if each.state is not state])
+        self.ahead = tuple([each for each in self.ahead if each.state is not state])
         self.replacements = tuple([each for each in self.replacements if each.state is not state])
         self._bind()
-        if not self.updates and not self.replacements and self.module.__dict__.get("forward") is self:
+        if not self.states and self.module.__dict__.get("forward") is self:
             if self.before is None:
                 del self.module.__dict__["forward"]
             else:
                 self.module.__dict__["forward"] = self.before
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: self.__dict__[name] for name in ("module", "before", "updates", "replacements")}
+        return {name: self.__dict__[name] for name in ("module", "before", "updates", "ahead", "replacements")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)

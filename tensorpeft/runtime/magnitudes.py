@@ -28,10 +28,10 @@ class Magnitudes:
 
     def __init__(self, state: State) -> None:
         self.state = state
-        self._blocks = [block for block in state.network.blocks if block.rule.norm]
-        self._names = {block.name for block in self._blocks}
-        plans = state.plan.norms if self._blocks else ()
-        self._code = NormCode(plans, self._blocks)
+        self.blocks = [block for block in state.network.blocks if block.rule.norm]
+        self._names = {block.name for block in self.blocks}
+        plans = state.plan.norms if self.blocks else ()
+        self._code = NormCode(plans, self.blocks)
         self._indices = tuple(index for _, index in self._code.indices.values())
         self._base = [BaseMatrices(state, each.group.sites, each.side) for each in plans]
         self._dense = [_DenseNorms(state, each) if each.is_dense else None for each in plans]
@@ -51,10 +51,10 @@ class Magnitudes:
     @torch.no_grad()
     def norms(self) -> dict[str, Tensor]:
         """What the magnitudes are divided by, of their shapes, by the names of their blocks; ones while there are no weights."""
-        if not self._blocks:
+        if not self.blocks:
             return {}
         factors = self.state.factors
-        like = factors[self._blocks[0].name]
+        like = factors[self.blocks[0].name]
         if self.state.model is None or like.is_meta:
             return {name: torch.ones_like(factors[name]) for name in self._names}
         dtype = torch.promote_types(like.dtype, torch.float32)
@@ -64,7 +64,7 @@ class Magnitudes:
                 matrices, squares = base(dtype, like.device)
                 given += [dense(matrices, self._alone)] if dense is not None else [*matrices, squares]
             found = self._code.code.forward(dtype, *given, *(index.on(like.device) for index in self._indices))
-        return {block.name: norms for block, norms in zip(self._blocks, found, strict=True)}
+        return {block.name: norms for block, norms in zip(self.blocks, found, strict=True)}
 
     def _alone(self, name: str) -> Tensor:
         """The tensor of a block as it stands in the W + dW of which there are norms: a magnitude counts as one."""

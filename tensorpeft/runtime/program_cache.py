@@ -24,14 +24,11 @@ class Program:
     def __init__(self, planned: Plan) -> None:
         self.order = planned.order
         self.code = emit(planned)
+        self.sets: tuple[SetCall, ...] = self.code.sets
         self.outputs = self._places("output", "site")
         self.products = self._places("output")
         self.inputs = self._places("input")
         self._placed: dict[torch.device, tuple[tuple[Tensor, ...], tuple[Mapping[str, Tensor], ...]]] = {}
-
-    @property
-    def sets(self) -> tuple[SetCall, ...]:
-        return self.code.sets
 
     def _places(self, *kinds: str) -> Places:
         found: dict[str, list[tuple[int, int]]] = {}

@@ -69,18 +69,12 @@ class Weights:
 class OutputUpdate:
     """The update at one convolution or embedding."""
 
-    changes_input = False
-
     def __init__(self, engine: Engine, path: str) -> None:
         self.engine, self.state, self.path = engine, engine.state, path
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The output of the module with the update, for an input."""
         return self.engine.weights.added(self.path, module, x, y)
-
-    def ahead(self, module: nn.Module, x: Tensor) -> Tensor:
-        """The input as it is."""
-        return x
 
 
 class ReplacedWeight:

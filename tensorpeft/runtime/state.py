@@ -106,7 +106,8 @@ class State:
                     f"`{path}` {found} after adapter `{self.name}` was attached, which is not on what is there now; "
                     "detach it and attach it again"
                 )
-        self.trained.follow()
+        if self.trained.paths:
+            self.trained.follow()
 
     def base_model(self) -> nn.Module:
         """The model that it is attached to.

@@ -20,39 +20,35 @@ from tensorpeft.runtime.state import State
 class Traced:
     """What is common to sites in one traced pass: the prologue's results, and for each input set what it has computed."""
 
-    def __init__(self, state: State, programs: Programs, norms: Norms) -> None:
+    def __init__(self, state: State, programs: Programs, norms: Norms | None) -> None:
         self.state, self.programs, self.norms = state, programs, norms
         self.forget()
 
     def forget(self) -> None:
         """Drop it: a pass begins or is over."""
-        self._prepared: dict[tuple[torch.dtype, torch.device], Prepared] = {}
-        self._runs: dict[int, tuple[Tensor, Prepared, dict[str, Any], set[int]]] = {}
+        self.prepared: dict[tuple[torch.dtype, torch.device], Prepared] = {}
+        self.runs: dict[int, tuple[Tensor, Prepared, dict[str, Any], set[int]]] = {}
 
-    def update(self, path: str, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The output y (..., d_out) of the module at a path for its input x (..., d_in), with the updates added."""
+    def update(self, path: str, module: nn.Module, x: Tensor, y: Tensor, *, ahead: bool) -> Tensor:
+        """The output y (..., d_out) of the module at a path for its input x (..., d_in), with the updates added.
+
+        Or ahead of the module the input that it is to have, y, with those that go through its weight.
+        """
         program = self.programs.followed
-        for number, place in program.outputs.get(path, ()):
+        for number, place in (program.inputs if ahead else program.outputs).get(path, ()):
             call = program.sets[number]
-            source = x if call.at == "site" else product_of(module, call.modules[place], y)
+            source = x if call.at != "output" else product_of(module, call.modules[place], y)
             y = self._added(number, place, module, source, y)
         return y
 
-    def ahead(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
-        """The input x (..., d_in) of the module at a path, with the updates added that go through its weight."""
-        changed = x
-        for number, place in self.programs.followed.inputs.get(path, ()):
-            changed = self._added(number, place, module, x, changed)
-        return changed
-
     def _added(self, number: int, place: int, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         prepared = self._prepared_for(y)
-        found = self._runs.pop(number, None)
+        found = self.runs.pop(number, None)
         if found is None or found[0] is not x or found[1] is not prepared or place not in found[3]:
             found = x, prepared, self._computed(number, prepared, module, x, y), self._modules(number)
         given, waiting = found[2], found[3] - {place}
         if waiting:
-            self._runs[number] = (*found[:3], waiting)
+            self.runs[number] = (*found[:3], waiting)
         function = self.programs.followed.sets[number].program.functional_epilogues[place]
         result: Tensor = function.code.forward(*[y if name == "y" else given[name] for name in function.takes])
         return result
@@ -74,9 +70,10 @@ class Traced:
     def _prepared_for(self, y: Tensor) -> Prepared:
         """The prologue's results, computed at the first site that asks."""
         key = y.dtype, y.device
-        if key not in self._prepared:
+        if key not in self.prepared:
             program, factors = self.programs.followed, self.state.factors
             taken = tuple([factors[name] for name in program.code.inputs])
-            refuse_empty(taken, y.device)
-            self._prepared[key] = recorded(program, y.dtype, y.device, taken, self.norms)
-        return self._prepared[key]
+            if taken[0].is_meta:
+                refuse_empty(y.device)
+            self.prepared[key] = recorded(program, y.dtype, y.device, taken, self.norms)
+        return self.prepared[key]

@@ -52,6 +52,9 @@ class Emitted:
         of_sets = ({name: index.on(device) for name, index in call.indices.items()} for call in self.sets)
         return tuple(index.on(device) for index in self.indices), tuple(of_sets)
 
+    def __str__(self) -> str:
+        return "\n\n".join(f"# {caption}\n{text}" for caption, text in self.listings())
+
     def listings(self) -> Iterator[tuple[str, str]]:
         """The text of every function, with what it is for."""
         yield "once per forward pass", listing("prologue", self.prologue)

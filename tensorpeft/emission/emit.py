@@ -29,7 +29,7 @@ from tensorpeft.planning.shared_inputs import InputSet
 
 @dataclass(frozen=True)
 class SetCall:
-    """What happens at one input set: its program, and what that is given."""
+    """A call of an input set's program: with which rows of the stacks, and which positions."""
 
     program: SetProgram
     at: str  # from what to what it goes, as its groups say
@@ -91,7 +91,7 @@ def emit(plan: Plan) -> Emitted:
 
 
 def taken(term: Term) -> dict[str, Index]:
-    """What a product takes of the base weight, where masks cut an axis."""
+    """The positions of the base weight that a product reads, by name, for each axis that masks cut."""
     return {
         f"take{number}_{axis}_": Index.of(np.array(positions))
         for number, operand in enumerate(term.operands)
@@ -146,7 +146,7 @@ def _kind(plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> list[SetC
 
 
 class SetInputs:
-    """What input sets of one signature are given."""
+    """Collects the chains of input sets of one signature, and the stacks that are their arguments."""
 
     def __init__(self, plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> None:
         self.prologue = prologue

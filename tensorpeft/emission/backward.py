@@ -8,11 +8,11 @@ from torch import fx
 
 from tensorpeft.emission import ops
 from tensorpeft.emission.chain_code import ChainCode, ChainTrace, GradientSlot
-from tensorpeft.emission.contraction import NamedTensor
 from tensorpeft.emission.forward import SetCode
 from tensorpeft.emission.graph import INPUT, OUTPUT, PROJECTION, Function, SetGraph, rows_of
 from tensorpeft.emission.input_kind import FusedProjection, ModuleSite, SetKind
 from tensorpeft.emission.lowering import LoweredChain
+from tensorpeft.emission.named_tensor import NamedTensor
 
 
 class Backward:

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from tensorpeft.emission import ops
-from tensorpeft.emission.contraction import Code, Modes, NamedTensor
+from tensorpeft.emission.contraction import Code
 from tensorpeft.emission.lowering import Argument, LoweredChain, Stage
+from tensorpeft.emission.named_tensor import Modes, NamedTensor
 from tensorpeft.planning.chain import SITE
 
 ROW = "task"  # of an activation: the row of the batch, whose task chooses among a factor's
@@ -55,7 +56,7 @@ class GradientSlot:
 
 @dataclass
 class ChainTrace:
-    """What a chain's forward pass leaves for its epilogue and its backward pass."""
+    """The activations of a chain's forward pass that its epilogue and its backward pass read."""
 
     inputs: dict[int, NamedTensor] = field(default_factory=dict)  # of each link: the activation that it meets
     masks: dict[int, tuple[fx.Node, tuple[Modes, ...]]] = field(

@@ -22,36 +22,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from tensorpeft.emission.named_tensor import Modes, NamedTensor, one_site
 from tensorpeft.planning.chain import SITE
 from tensorpeft.planning.orders import TOKEN
-
-Modes = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class NamedTensor:
-    """A tensor of emitted code. Its axes lie in memory in their order; each is one mode or several, the first the slowest.
-
-    Behind an axis of ``gaps`` memory jumps, so that it cannot be merged with the next one without a copy.
-    """
-
-    node: fx.Node
-    axes: tuple[Modes, ...]
-    gaps: frozenset[int] = frozenset()
-
-    @property
-    def modes(self) -> Modes:
-        return tuple(mode for axis in self.axes for mode in axis)
-
-    @property
-    def cuts(self) -> frozenset[int]:
-        """The positions among the modes before which memory jumps."""
-        return frozenset(sum(len(axis) for axis in self.axes[: n + 1]) for n in self.gaps)
 
 
 @dataclass(frozen=True)
 class _Roles:
-    """What the modes of two tensors do in a contraction."""
+    """The roles of two tensors' modes in a contraction."""
 
     batch: Modes
     left: Modes
@@ -389,18 +367,3 @@ class Code:
     def length(self, node: fx.Node, axis: int) -> fx.Node:
         """How long an axis of a tensor is when the code runs."""
         return self.once(operator.getitem, self.once(getattr, node, "shape"), axis)
-
-
-def one_site(tensor: NamedTensor) -> NamedTensor:
-    """What a tensor of several sites is like at one of them: where the mode SITE was, memory jumps."""
-    axes: list[Modes] = []
-    gaps: set[int] = set()
-    for n, axis in enumerate(tensor.axes):
-        parts = (axis[: axis.index(SITE)], axis[axis.index(SITE) + 1 :]) if SITE in axis else (axis,)
-        for i, part in enumerate(parts):
-            if i == 1 and axes:
-                gaps.add(len(axes) - 1)
-            axes += [part] if part else []
-        if n in tensor.gaps and axes:
-            gaps.add(len(axes) - 1)
-    return NamedTensor(tensor.node, tuple(axes), frozenset(gap for gap in gaps if gap < len(axes) - 1))

@@ -30,7 +30,7 @@ from tensorpeft.planning.shared_inputs import InputSet
 
 @dataclass(frozen=True)
 class SetCall:
-    """What happens at one input set: its program, and what that is given."""
+    """A call of an input set's program: with which rows of the stacks, and which positions."""
 
     program: SetProgram
     at: str  # from what to what it goes, as its groups say
@@ -57,6 +57,9 @@ class Emitted:
         """The indices of the prologue and of the sets, on a device."""
         of_sets = ({name: index.on(device) for name, index in call.indices.items()} for call in self.sets)
         return tuple(index.on(device) for index in self.indices), tuple(of_sets)
+
+    def __str__(self) -> str:
+        return "\n\n".join(f"# {caption}\n{text}" for caption, text in self.listings())
 
     def listings(self) -> Iterator[tuple[str, str]]:
         """The text of every function, with what it is for."""
@@ -94,7 +97,7 @@ def emit(plan: Plan) -> Emitted:
 
 
 def taken(term: Term) -> dict[str, Index]:
-    """What a product takes of the base weight, where masks cut an axis."""
+    """The positions of the base weight that a product reads, by name, for each axis that masks cut."""
     return {
         f"take{number}_{axis}_": Index.of(np.array(positions))
         for number, operand in enumerate(term.operands)
@@ -149,7 +152,7 @@ def _kind(plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> list[SetC
 
 
 class SetInputs:
-    """What input sets of one signature are given."""
+    """Collects the chains of input sets of one signature, and the stacks that are their arguments."""
 
     def __init__(self, plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> None:
         self.prologue = prologue

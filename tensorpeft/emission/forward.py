@@ -19,10 +19,11 @@ from torch import fx
 
 from tensorpeft.emission import ops
 from tensorpeft.emission.chain_code import ROW, ChainTrace
-from tensorpeft.emission.contraction import Code, Modes, NamedTensor
+from tensorpeft.emission.contraction import Code
 from tensorpeft.emission.graph import INPUT, OUTPUT, PROJECTION, Function, SetGraph, rows_of
 from tensorpeft.emission.input_kind import FusedProjection, ModuleSite, SetKind
 from tensorpeft.emission.lowering import LoweredChain
+from tensorpeft.emission.named_tensor import Modes, NamedTensor
 from tensorpeft.planning.orders import TOKEN
 
 
@@ -74,7 +75,7 @@ class SetCode:
         return code.contract(self.input((INPUT,)), matrix, (ROW, TOKEN, PROJECTION))
 
     def input(self, features: Modes) -> NamedTensor:
-        """What the sites read, behind dropout."""
+        """The input as the sites read it, behind dropout; shape: (*lead, features)."""
         return NamedTensor(self.x, (*self.lead, features), self.gaps)
 
     def columns(self, code: Code, whole: NamedTensor, projection: FusedProjection, number: int) -> NamedTensor:
@@ -94,7 +95,7 @@ class SetCode:
         return self.input(chain.d_in)
 
     def _name_exports(self) -> None:
-        """What epilogues and the backward pass need of the forward pass: it returns this."""
+        """Name the tensors that the forward pass returns: those that epilogues and the backward pass read."""
         needed = [] if self.mask is None else [self.mask, self.x]
         for chain, trace in zip(self.kind.chains, self.traces, strict=True):
             last = len(chain.stages) - 1

@@ -12,9 +12,10 @@ from torch import fx
 from torch.fx.node import Argument as FxArgument
 
 from tensorpeft.emission.chain_code import ROW, ChainCode, ChainInputs
-from tensorpeft.emission.contraction import Code, Modes, NamedTensor
+from tensorpeft.emission.contraction import Code
 from tensorpeft.emission.input_kind import SetKind
 from tensorpeft.emission.intern import module
+from tensorpeft.emission.named_tensor import Modes, NamedTensor
 from tensorpeft.model.shape import Rows
 from tensorpeft.planning.orders import TOKEN
 

@@ -30,7 +30,7 @@ class FusedProjection:
 
 @dataclass(frozen=True)
 class SetKind:
-    """What the input sets that run the same code have in common."""
+    """The properties that input sets of the same code share; it is the key of that code."""
 
     chains: tuple[LoweredChain, ...]
     arguments: tuple[

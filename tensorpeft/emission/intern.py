@@ -13,7 +13,7 @@ from torch import fx
 
 @dataclass(frozen=True)
 class GraphKey:
-    """What a graph says; the names of its nodes, which follow from that, left out."""
+    """A graph's operations and arguments, without the names of its nodes: equal for graphs of the same code."""
 
     nodes: tuple[object, ...]
     name: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tensorpeft.emission.contraction import Modes
+from tensorpeft.emission.named_tensor import Modes
 from tensorpeft.network.network import Operand, Term
 from tensorpeft.planning.base_product import base_rows
 from tensorpeft.planning.chain import SITE, Link, differ

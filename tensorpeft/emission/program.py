@@ -58,7 +58,7 @@ def program(kind: SetKind) -> SetProgram:
 
 
 def _shared(kind: SetKind, what: Hashable, make: Callable[[SetKind], Made]) -> Made:
-    """What was made of a kind that differs in nothing but sizes that are not in its code; else it is made of this one."""
+    """The code of a kind that differs only in sizes which that code does not read; else it is made for this kind."""
     alike = _made(kind.outline, what)
     for found in alike:
         if found.read.items() <= kind.sizes.items():
@@ -69,5 +69,5 @@ def _shared(kind: SetKind, what: Hashable, make: Callable[[SetKind], Made]) -> M
 
 @lru_cache(maxsize=4096)
 def _made(outline: SetKind, what: Hashable) -> list[Any]:
-    """What was made of kinds of an outline."""
+    """The code made so far for kinds of an outline."""
     return []

@@ -34,7 +34,7 @@ Rows = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """What some input sets are given of one kind: ``count`` rows, and which of them is each set's."""
+    """A tensor of ``count`` rows, of which each of some input sets is given one."""
 
     node: fx.Node  # shape: (rows, one axis for each mode)
     shape: tuple[int, ...]  # of a row, over the axes of the argument
@@ -65,7 +65,7 @@ class PrologueCode:
     # Parts and stacks
 
     def part(self, group: Group, term: Term, link: Link, argument: Argument, bundles: Bundles) -> Part:
-        """What the input sets of some bundles are given for an argument."""
+        """The tensor whose rows are an argument at the input sets of some bundles."""
         modes: tuple[str, ...]
         if len(argument.operands) == 1:
             operand = term.operands[argument.operands[0]]
@@ -140,7 +140,7 @@ class PrologueCode:
     # Factors
 
     def _factor(self, operand: Operand, *, cast: bool = False) -> tuple[fx.Node, tuple[Key, ...]]:
-        """What the keys of a block hold, as (keys, one axis for each mode of the operand); and which keys these are.
+        """The tensors of a block's keys, (keys, one axis for each mode of the operand), and these keys.
 
         With ``cast`` a packed block comes in the dtype of the activations: one kernel for all of its keys.
         """
@@ -184,12 +184,12 @@ class PrologueCode:
         return self._call(ops.scatter, node, index, shape)
 
     def _of_packed(self, node: fx.Node, block: Block, key: Key) -> fx.Node:
-        """What one key holds of a block whose keys lie one behind the other, (1, *free axes)."""
+        """The tensor of one key, (1, *free axes), of a block whose keys lie one behind the other."""
         parts = self._call("split_with_sizes", node, block.key_sizes)  # its backward is one concatenation
         return self._call("view", self._call(getitem, parts, block.keys.index(key)), (1, *block.key_shape(key)))
 
     def _at_key(self, node: fx.Node, block: Block, key: Key) -> fx.Node:
-        """What one key holds, over the free axes."""
+        """The tensor of one key, (*free axes)."""
         if block.entries is not None:
             return self._call("select", self._scattered(node, block), 0, block.keys.index(key))
         bound = [i for i, axis in enumerate(block.axes) if axis.labels is not None]

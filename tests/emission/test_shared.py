@@ -46,6 +46,17 @@ def test_sizes_that_are_in_the_code_keep_it_apart(mode: str, is_in_it: bool) -> 
         assert (one is not other) == (one.code.code != other.code.code) == is_in_it
 
 
+def test_emitted_code_prints_every_function() -> None:
+    emitted = emit(front("lora", scan(build("llama"))))
+    shown = str(emitted)
+    assert [line for line in shown.splitlines() if line.startswith("# ")] == [
+        f"# {title}" for title, _ in emitted.listings()
+    ]
+    assert all(text in shown for _, text in emitted.listings())
+    assert [shown.count(f"def {name}(") for name in ("prologue", "forward", "backward")] == [1, 1, 1]
+    assert shown.count("def epilogue(y, ") == 2
+
+
 def test_what_masks_keep_is_not_drawn_where_there_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a model on the meta device the number of entries is enough: of a large one they would take minutes."""
     model = build("llama")

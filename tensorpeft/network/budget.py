@@ -10,8 +10,7 @@ from math import prod
 from tensorpeft.language.errors import SpecError, fail
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Number
-from tensorpeft.model.shape import Key, ModelShape
-from tensorpeft.model.stacks import by_stack
+from tensorpeft.model.shape import Key, ModelShape, by_stack
 from tensorpeft.model.target import choose
 from tensorpeft.network.checks import check_experts, check_names
 from tensorpeft.network.mask_packing import FactorMasks, masking

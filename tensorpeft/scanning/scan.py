@@ -16,8 +16,7 @@ from tensorpeft.model.naming import has_roles
 from tensorpeft.model.shape import Linear, ModelShape, Site
 from tensorpeft.model.sites import resolve
 from tensorpeft.runtime.adapter import Adapter
-from tensorpeft.scanning.fused import parts
-from tensorpeft.scanning.heads import with_heads
+from tensorpeft.scanning.attention import parts, with_heads
 from tensorpeft.scanning.matrices import linears
 from tensorpeft.scanning.parameters import head_of, parameters
 from tensorpeft.scanning.readers import read_modules

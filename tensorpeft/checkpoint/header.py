@@ -1,4 +1,4 @@
-"""What a file says beside its tensors: a value, and its canonical text.
+"""The header of a file, all that it says beside its tensors: a value, and its canonical text.
 
 The text is JSON with sorted keys and without spaces, so that equal headers have equal bytes. It holds its own SHA-256,
 so that no part of it, the spec's text least of all, can be changed by accident and still be believed.

@@ -1,4 +1,4 @@
-"""What the compiler needs to know of a model: its sites and their sizes. A value without torch."""
+"""A model as the compiler sees it: its sites, their sizes, its parameters. A value without torch."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Site:
 
     @property
     def key(self) -> Key:
-        """What a factor's site modes are bound to."""
+        """The values of the site modes here: matrix, layer, and expert where there are several."""
         return (self.matrix, self.layer) if self.expert is None else (self.matrix, self.layer, self.expert)
 
     def is_named(self, name: str) -> bool:

@@ -100,7 +100,7 @@ def fingerprint(sites: Iterable[Site]) -> str:
 
 
 def site_rows(sites: Iterable[Site]) -> tuple[tuple[str | int, ...], ...]:
-    """What tells sites apart, and their sizes: (matrix, layer, d_out, d_in), and the expert where there are several."""
+    """Sites as rows of their names and sizes: (matrix, layer, d_out, d_in), and the expert where there are several."""
     return tuple((site.matrix, site.layer, site.d_out, site.d_in, *site.key[2:]) for site in sites)
 
 

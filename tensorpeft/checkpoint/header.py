@@ -43,7 +43,7 @@ class Header:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the sites, as ``model.target.fingerprint`` gives it for those of a model."""
+        """SHA-256 of the sites in order, in hexadecimal."""
         return sha256(_canonical(self.sites).encode()).hexdigest()
 
 

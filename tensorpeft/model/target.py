@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Container, Iterable
@@ -92,11 +90,6 @@ def is_meant(name: str, site: Site) -> bool:
     if is_glob(name):
         return _fits_glob(name, site)
     return site.is_named(name) or f".{site.path}".endswith(f".{name}")
-
-
-def fingerprint(sites: Iterable[Site]) -> str:
-    """SHA-256, in hexadecimal, of the rows of sites in order."""
-    return hashlib.sha256(json.dumps(site_rows(sites), separators=(",", ":")).encode()).hexdigest()
 
 
 def site_rows(sites: Iterable[Site]) -> tuple[tuple[str | int, ...], ...]:

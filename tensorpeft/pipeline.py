@@ -82,8 +82,8 @@ def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = No
         ModelError: the model cannot be read.
         AdapterError: the model already has an adapter of that name, or has no weights yet.
     """
+    from tensorpeft.checkpoint.compatibility import check_factors, check_sites
     from tensorpeft.checkpoint.files import blamed_on, read
-    from tensorpeft.checkpoint.fit import check_factors, check_sites
     from tensorpeft.runtime.attach import attach_plan
     from tensorpeft.runtime.saving import restored
     from tensorpeft.scanning.scan import scan

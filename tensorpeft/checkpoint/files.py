@@ -29,7 +29,7 @@ _KEY = "tensorpeft"  # the one entry of the file's metadata: safetensors writes 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file holds. The tensors are those of the stored factors, on the CPU.
+    """The content of a file. The tensors are those of the stored factors, on the CPU.
 
     ``indices`` are what masks keep of some factors, where the spec alone does not tell it (``network.mask_packing.indices``).
     """
@@ -56,7 +56,7 @@ def write(
 
 
 def read(folder: Path) -> Saved:
-    """What ``folder/adapter.safetensors`` holds: whole, undamaged, and of finite numbers.
+    """Read ``folder/adapter.safetensors``, if it is whole, undamaged, and of finite numbers.
 
     Raises:
         CheckpointError: there is none, or it is not that.
@@ -143,7 +143,7 @@ def _tensor(file: safe_open, name: str, factor: SavedFactor) -> Tensor:
 
 
 def _indices(file: safe_open, key: str) -> np.ndarray:
-    """What masks keep of a factor; whether that is what it was, its mask's digest tells."""
+    """The kept indices of a masked factor; they are held to the digest of its mask later, by ``compatibility``."""
     place = file.get_slice(key)
     if place.get_dtype() != "I64" or len(place.get_shape()) != 1:
         found = f"{place.get_dtype()} of shape {tuple(place.get_shape())}"

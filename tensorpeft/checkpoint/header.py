@@ -1,4 +1,4 @@
-"""What a file says beside its tensors: a value, and its canonical text.
+"""The header of a file, all that it says beside its tensors: a value, and its canonical text.
 
 The text is JSON with sorted keys and without spaces, so that equal headers have equal bytes. It holds its own SHA-256,
 so that no part of it, the spec's text least of all, can be changed by accident and still be believed.
@@ -43,7 +43,7 @@ class Header:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the sites, as ``model.target.fingerprint`` gives it for those of a model."""
+        """SHA-256 of the sites in order, in hexadecimal."""
         return sha256(_canonical(self.sites).encode()).hexdigest()
 
 

@@ -27,7 +27,7 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def _replaced(path: Path, content: bytes) -> bool:
-    """Whether it went well; not if another writer has removed the draft, in the moment between its making and its lock."""
+    """Try to replace it; False if another writer took the draft for an abandoned one, between its making and its lock."""
     draft = path.with_name(f".{path.name}.{token_hex(8)}")
     try:
         with draft.open("xb") as file:

@@ -164,6 +164,7 @@ def _parameters(weights: Iterable[_Weight]) -> Iterator[Parameter]:
             tied[weight.n_weights] |= weight.kinds
     for weight in weights:
         for parameter in weight.parameters:
+            # a table does not say which weight another is tied to; one of the same size outside the layers is meant
             is_shared = not weight.tied and parameter.count in tied and weight.linear.kind != "linear"
             yield replace(parameter, kinds=parameter.kinds | tied[parameter.count]) if is_shared else parameter
 

@@ -34,7 +34,7 @@ class ConfigSizes:
 
     @property
     def config_keys(self) -> set[str]:
-        """What the rules may read of a config."""
+        """The keys of a config that the rules read."""
         keys = {key for rule in self._rules.values() if isinstance(rule, dict) for key in rule}
         named = (e.names for rule in self._rules.values() for e in _alternatives(rule))
         return keys.union(*named)

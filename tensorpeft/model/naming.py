@@ -1,4 +1,4 @@
-"""What the path of a weight says where no family's table does: its stack, layer and expert, and what its matrix is called."""
+"""Names from paths, where no family's table knows a weight: its stack, layer and expert, and the name of its matrix."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Sides = tuple[int, int]  # d_out, d_in
 
 @dataclass(frozen=True)
 class SiteName:
-    """What a path says by itself."""
+    """A site's matrix and place, as its path tells them."""
 
     matrix: str
     stack: str | None
@@ -25,7 +25,7 @@ class SiteName:
 
 
 def names(linears: Iterable[Linear], architecture: Architecture | None) -> dict[str, SiteName]:
-    """What the path of each weight says, among the others.
+    """The names of weights by their paths; one path alone says little, so all are compared.
 
     Its expert is the integer behind a name such as ``experts``; its layer the first other integer in the path that differs
     between weights of otherwise equal paths and equal sides (or of any sides, or the first integer that is not the path's end,
@@ -110,7 +110,7 @@ def _endings(name: str) -> list[str]:
 
 
 def _short(places: Iterable[_LayerPath], roles: Collection[str]) -> dict[_LayerPath, str]:
-    """What each place's matrix is called: one name for all the layers of a stack."""
+    """The name of each place's matrix: one for all the layers of a stack."""
     places = list(places)
     matrices = {(place.stack, place.path): place.inner for place in places}
     paths = Counter(ending for _, path in matrices for ending in _endings(path))
@@ -132,7 +132,7 @@ def _short(places: Iterable[_LayerPath], roles: Collection[str]) -> dict[_LayerP
 
 
 def _labels(stacks: Collection[str]) -> dict[str, str]:
-    """What each of several stacks has for itself, from a name on: ``stages.0`` beside ``stages.1``.
+    """The part of each stack's path that the others do not share, from a name on: ``stages.0`` beside ``stages.1``.
 
     The name of its list of layers is no part of that where it needs not be: ``encoder`` for ``encoder.layers``.
     """

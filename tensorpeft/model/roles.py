@@ -1,4 +1,4 @@
-"""What modules are mostly called, and which role that is (``specs/models/conventions``)."""
+"""The usual names of modules, and the roles that they stand for (``specs/models/conventions``)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
-"""What the compiler needs to know of a model: its sites and their sizes. A value without torch."""
+"""A model as the compiler sees it: its sites, their sizes, its parameters. A value without torch."""
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -135,7 +136,7 @@ class Site:
 
     @property
     def key(self) -> Key:
-        """What a factor's site modes are bound to."""
+        """The values of the site modes here: matrix, layer, and expert where there are several."""
         return (self.matrix, self.layer) if self.expert is None else (self.matrix, self.layer, self.expert)
 
     def is_named(self, name: str) -> bool:
@@ -202,3 +203,17 @@ class ModelShape:
             counts.update(dict.fromkeys(parameter.kinds, parameter.count))
         lines += [f"  {kind}: {count:,} parameters" for kind, count in sorted(counts.items())]
         return "\n".join(lines)
+
+
+def by_stack(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:
+    """Sites by the name of their stack, which is what its path has for itself: ``encoder``, ``decoder``.
+
+    Where there is one stack alone, all sites are its, also those outside the layers, and it needs no name.
+    """
+    sites = tuple(sites)
+    stacks = dict.fromkeys(site.stack for site in sites)
+    paths = [stack for stack in stacks if stack is not None]
+    if len(paths) < 2:
+        return {"": sites}
+    names: dict[str | None, str] = {path: re.sub(r"\W", "_", name) for path, name in distinct(paths).items()}
+    return {names.get(stack, ""): tuple(site for site in sites if site.stack == stack) for stack in stacks}

@@ -77,6 +77,6 @@ def _nothing(entry: str, model: ModelShape, holders: set[str]) -> str:
 
 
 def _endings(parameters: Sequence[Parameter]) -> set[str]:
-    """What people call parameters by: the last names of their paths and of their modules' paths, one or two or three of them."""
+    """The names that people use for parameters, to suggest one: the last one to three of their paths and their modules' paths."""
     parts = [parameter.path.split(".") for parameter in parameters]
     return {".".join(path[-n:]) for whole in parts for path in (whole, whole[:-1]) for n in (1, 2, 3) if path}

@@ -39,23 +39,23 @@ class Storage:
     def block(self, site: Site) -> Block:
         return self.of_site[site.key][1]
 
-    def stored(self, site: Site, axis: int) -> np.ndarray | None:
+    def stored(self, site: Site, axis: int) -> np.ndarray | None:  # shape: (stored,)
         """The indices of a free axis that a site's key holds; None: all of them."""
         key, block = self.of_site[site.key]
         return None if block.kept is None else block.kept[key][axis]
 
-    def kept(self, site: Site, axis: int) -> np.ndarray | None:
+    def kept(self, site: Site, axis: int) -> np.ndarray | None:  # shape: (kept,)
         """The indices of a free axis that masks leave at a site; None: all of them."""
         key, block = self.of_site[site.key]
         return self.masked_axes[block.name, key][axis] if self.masking else None
 
-    def serving(self, site: Site, axis: int, size: int) -> np.ndarray:
+    def serving(self, site: Site, axis: int, size: int) -> np.ndarray:  # shape: (size,)
         """For each index of a mode of this size the index of the axis that serves it."""
         return serving_indices(self.policies[axis], size, self.block(site).free_axes[axis].size)
 
     @property
     def cuts(self) -> bool:
-        """Whether what masks leave of its modes differs from key to key."""
+        """Whether masks leave other indices of its modes for each key."""
         return self.masking is not None and self.masking.of_axes
 
     def rule(self, axis: int) -> MaskRule:
@@ -117,9 +117,9 @@ def _grid(labels: list[tuple[str | int, ...]]) -> list[Key]:
 
 
 def _names(block: Block, sharing: Sharing, users: Mapping[Key, Users], layouts: Layouts) -> dict[Key, dict[str, float]]:
-    """What names mean in the initialiser, key by key: its own modes the sizes of axes, others what they are at its sites.
+    """The values of the names in the initialiser, key by key.
 
-    The layer is the key's.
+    A mode of the block is the size of its axis, the layer is the key's, and every other name has its value at the key's sites.
     """
     own = {axis.mode: axis.size for axis in block.free_axes}
     spoken = (block.init.power if isinstance(block.init, Spectral) else block.init).names - own.keys()
@@ -147,7 +147,7 @@ def _one(name: str, block: Block, values: Sequence[float]) -> float:
 
 
 def _kept(masking: FactorMasks, block: Block, sizes: FreeSizes, users: Mapping[Key, Users]) -> dict[Key, KeptIndices]:
-    """What masks keep of each key of a block: by their rules, or as a checkpoint has it."""
+    """The kept indices of each key of a block: as the mask rules say, or as a checkpoint has them."""
     if block.name in masking.saved:
         return dict(zip(block.keys, masking.restored(block.name, block.keys, sizes, users), strict=True))
     return {key: masking.kept(key, sizes, users[key]) for key in block.keys}

@@ -1,4 +1,4 @@
-"""How many numbers a spec trains on a model, without its network; and the largest rank within a budget."""
+"""The number of trained parameters of a spec on a model, without its network; and the largest rank within a budget."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from math import prod
 from tensorpeft.language.errors import SpecError, fail
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Number
-from tensorpeft.model.shape import Key, ModelShape
-from tensorpeft.model.stacks import by_stack
+from tensorpeft.model.shape import Key, ModelShape, by_stack
 from tensorpeft.model.target import choose
 from tensorpeft.network.checks import check_experts, check_names
 from tensorpeft.network.mask_packing import FactorMasks, masking
@@ -35,7 +34,7 @@ MAX_RANK = 1 << 20
 
 
 def n_trained(spec: Spec, model: ModelShape) -> int:
-    """How many numbers an optimizer would see: what the trained blocks of the network hold, counted without building it.
+    """Count the numbers that an optimizer would see, those of the trained blocks, without building the network.
 
     Raises:
         SpecError: the spec does not fit the model.
@@ -69,7 +68,7 @@ def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed]) -> Spec:
     if not fitting:
         message = f"the budget is {spec.budget:,}, but rank 1 trains {least:,} numbers already"
         raise fail(f"{message}; expected a larger budget", spec.budget_span)
-    low, high = fitting[-1], min(2 * fitting[-1], top + 1)
+    low, high = fitting[-1], min(2 * fitting[-1], top + 1)  # the largest power of two that fits, and the next
     while high - low > 1:
         middle = (low + high) // 2
         found = _count_if_sized(count, spec, middle)
@@ -95,7 +94,7 @@ def _sized(spec: Spec, rank: int) -> Spec:
 
 
 def _count_if_sized(count: Callable[[Spec], int], spec: Spec, rank: int) -> int | None:
-    """How many numbers a rank trains; None where it is too large for the model's sizes."""
+    """The trained numbers at a rank; None where the rank is too large for the model's sizes."""
     try:
         return count(_sized(spec, rank))
     except SpecError:
@@ -105,7 +104,7 @@ def _count_if_sized(count: Callable[[Spec], int], spec: Spec, rank: int) -> int 
 
 
 def _counter(spec: Spec, model: ModelShape, stacks: Sequence[Placed]) -> Callable[[Spec], int]:
-    """What counts the trained numbers of a spec that differs in its ranks alone."""
+    """A function that counts the trained numbers of the spec at other ranks; what ranks do not change is done once, here."""
     counters = [_of_stack(spec, model, placed) for placed in stacks]
     return lambda sized: sum(count(sized) for count in counters)
 
@@ -135,7 +134,7 @@ def _of_stack(spec: Spec, model: ModelShape, placed: Placed) -> Callable[[Spec],
 
 
 def _shared(each: Sharing, placed: Placed) -> Counter[frozenset[SiteClass]]:
-    """How many keys of a factor are used by just these classes of sites."""
+    """For each set of site classes, the number of keys of a factor that exactly these use."""
     users: dict[Key, set[SiteClass]] = defaultdict(set)
     for site, site_class in placed:
         if site_class in each.names:
@@ -144,7 +143,7 @@ def _shared(each: Sharing, placed: Placed) -> Counter[frozenset[SiteClass]]:
 
 
 def _whole(spec: Spec, each: Sharing, shared: Counter[frozenset[SiteClass]], layouts: Layouts) -> int:
-    """How many numbers the blocks of an unmasked factor hold."""
+    """The numbers in the blocks of a factor without masks."""
     total = 0
     for users, keys in shared.items():
         wanted = frozenset(each.sizes(site_class, layouts) for site_class in users)
@@ -153,7 +152,7 @@ def _whole(spec: Spec, each: Sharing, shared: Counter[frozenset[SiteClass]], lay
 
 
 def _masked(masks: FactorMasks, users: dict[tuple[Key, FreeSizes], Users]) -> int:
-    """How many numbers masks leave of a factor; where the rules alone do not say it, by drawing them."""
+    """The numbers that masks leave of a factor. Masks are drawn only where their rules do not tell the count."""
     total = 0
     for (key, sizes), sites in users.items():
         count = masks.count(sizes, sites)

@@ -1,4 +1,4 @@
-"""What a spec says of sites and matrices, held to those of the target."""
+"""Checks of a spec against a target: names of matrices, selectors, and what only some sites can do."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def check_names(spec: Spec, sites: Sequence[Site]) -> None:
 
 
 def check_activations(spec: Spec, sites: Sequence[Site]) -> None:
-    """What a spec does to an activation reaches every site: each is a linear module that is called.
+    """Refuse `tasks`, `dropout` and `norm` at sites that are no linear modules: they need the module's input.
 
     Raises:
         SpecError: it does not.
@@ -84,7 +84,7 @@ def _hint(name: str, sites: Sequence[Site]) -> str:
 
 
 def check_experts(spec: Spec, placed: Sequence[tuple[Site, SiteClass]]) -> None:
-    """Where a product carries the mode `expert`, its sites are those of experts; and what is over norms has one for each of them.
+    """Refuse the mode `expert` at sites that belong to no expert, and a norm over several experts at once.
 
     Raises:
         SpecError: one is not, or several have one.

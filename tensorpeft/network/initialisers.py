@@ -80,7 +80,7 @@ def _places(block: Block, key: Key) -> list[np.ndarray]:
     return list(np.ix_(*(np.arange(size) if some is None else some for size, some in zip(sizes, kept, strict=True))))
 
 
-def _formula(block: Block, key: Key, places: list[np.ndarray]) -> np.ndarray:
+def _formula(block: Block, key: Key, places: list[np.ndarray]) -> np.ndarray:  # shape: the key's
     """Arithmetic over the indices on the free axes."""
     assert isinstance(block.init, Call)
     indices = dict(zip((axis.mode for axis in block.free_axes), places, strict=True))
@@ -100,6 +100,7 @@ def orthonormal(matrices: np.ndarray) -> np.ndarray:  # shape: (..., rows, colum
 
     Gram and Schmidt's way, twice for accuracy, by sums in a fixed order: the same numbers on every machine.
     """
+    # no LAPACK: its last bits differ between machines, and a frozen factor must be the same when it is made again
     wide = matrices.shape[-2] < matrices.shape[-1]
     columns = (matrices if wide else matrices.swapaxes(-1, -2)).copy()  # shape: (..., vectors, entries)
     for _ in range(2):
@@ -111,7 +112,7 @@ def orthonormal(matrices: np.ndarray) -> np.ndarray:  # shape: (..., rows, colum
     return columns if wide else columns.swapaxes(-1, -2)
 
 
-def _sum(x: np.ndarray) -> np.ndarray:
+def _sum(x: np.ndarray) -> np.ndarray:  # shape: (..., n) -> (...)
     """The sum over the last axis, by halves."""
     while (n := x.shape[-1]) > 1:
         half = n // 2

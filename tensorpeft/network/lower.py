@@ -14,8 +14,7 @@ import numpy as np
 
 from tensorpeft.language.errors import fail
 from tensorpeft.language.spec import Spec
-from tensorpeft.model.shape import ModelShape, Site
-from tensorpeft.model.stacks import by_stack
+from tensorpeft.model.shape import ModelShape, Site, by_stack
 from tensorpeft.model.target import choose
 from tensorpeft.model.trained import extras
 from tensorpeft.network.blocks import Storage, store

@@ -1,4 +1,4 @@
-"""What masks keep of a factor's tensors: the indices of single modes, or the entries over several."""
+"""Packing: the indices or entries of a factor's tensors that masks keep, from their rules or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from tensorpeft.network.sharing import FreeSizes, Layouts, Sharing, Users, first
 
 @dataclass(frozen=True)
 class KeptIndices:
-    """What masks keep of one key: of each free axis (None: all of it), and the entries where a rule speaks of several axes."""
+    """The kept indices of one key on each free axis (None: all), and its kept entries where a rule speaks of several axes."""
 
     axes: tuple[np.ndarray | None, ...]
     entries: Entries | None = None
@@ -47,7 +47,7 @@ class FactorMasks:
 
     @property
     def of_axes(self) -> bool:
-        """Whether it leaves of some axis other indices for each key."""
+        """Whether some rule speaks of one axis alone, whose kept indices then differ from key to key."""
         return any(len(axes) == 1 for _, axes in self.rules)
 
     def rule(self, axis: int) -> MaskRule:
@@ -71,7 +71,7 @@ class FactorMasks:
         return first[1]
 
     def kept(self, key: Key, sizes: FreeSizes, users: Users) -> KeptIndices:
-        """What is kept of a key of a tensor of these sizes."""
+        """Apply the rules to one key of a tensor; ``sizes`` are those of its free axes."""
         axes: list[np.ndarray | None] = [None] * len(sizes)
         several = []
         masks = self.masks(users)
@@ -100,7 +100,7 @@ class FactorMasks:
     def restored(
         self, name: str, keys: Sequence[Key], sizes: FreeSizes, users: Mapping[Key, Users]
     ) -> list[KeptIndices]:
-        """What a checkpoint has of the keys of a tensor.
+        """Read the kept indices of a tensor's keys from those that a checkpoint has.
 
         Raises:
             SpecError: it has indices of something else.
@@ -118,7 +118,7 @@ class FactorMasks:
             raise fail(message, self.rules[0][0].span) from None
 
     def count(self, sizes: FreeSizes, users: Users) -> int | None:
-        """How many numbers are kept of a key, where the rules alone say it."""
+        """The number of kept numbers of a key; None where the masks have to be drawn to tell."""
         masks = self.masks(users)
         if not all(mask.counts for mask in masks) or (self.by_entries and len(masks) > 1):
             return None
@@ -139,8 +139,8 @@ class FactorMasks:
         return served(found, shape)
 
 
-def _kept_entries(mask: Mask, key: Key, sizes: FreeSizes, seed: int) -> np.ndarray:
-    """What one mask of several axes keeps at random, as positions in the grid of all axes."""
+def _kept_entries(mask: Mask, key: Key, sizes: FreeSizes, seed: int) -> np.ndarray:  # shape: (kept,)
+    """Draw a random mask of several axes; positions in the grid of all axes."""
     positions = kept_indices(mask, key, tuple(sizes[axis] for axis in mask.axes), seed)
     return _in_grid(sizes, [None] * len(sizes), [(mask, positions)])
 
@@ -148,7 +148,7 @@ def _kept_entries(mask: Mask, key: Key, sizes: FreeSizes, seed: int) -> np.ndarr
 def _in_grid(
     sizes: FreeSizes, axes: Sequence[np.ndarray | None], several: Sequence[tuple[Mask, np.ndarray]]
 ) -> np.ndarray:  # shape: (kept,)
-    """What every mask keeps, as positions in the grid of all axes, ascending."""
+    """The positions in the grid of all axes that every mask keeps, ascending."""
     places: dict[int, np.ndarray] = {}
     if several:
         mask, positions = several[0]
@@ -203,13 +203,13 @@ def masking(
 
 
 def from_file(spec: Spec, factor: str) -> bool:
-    """Whether what is kept of a factor cannot be told from the spec alone."""
+    """Whether a file of scores decides what is kept of a factor, so that a checkpoint has to hold the indices."""
     names = origins(spec, factor)
     return any(rule.factor in names and rule.rule.name in SCORED for rule in spec.masks)
 
 
 def indices(block: Block) -> np.ndarray:  # shape: (n,), integers
-    """What is kept of a masked block as one list, for a checkpoint: of each piece its length, then its indices."""
+    """The kept indices of a masked block as one list, for a checkpoint: the length of each piece, then its indices."""
     pieces = []
     for key in block.keys:
         kept = block.kept[key] if block.kept is not None else (None,)

@@ -39,12 +39,12 @@ class ModeLayout:
 
     @property
     def meaning(self) -> object:
-        """What two of the same spec are compared by."""
+        """Equal for two layouts of one spec that combine its factors in the same way."""
         ways = tuple((side, *splits) for side, splits in self.splits.items())
         return frozenset(self.sizes.items()), ways, self.scale, frozenset(self.names.items())
 
     def atoms(self, carried: Collection[str], span: Span | None = None) -> dict[str, tuple[str, ...]]:
-        """What some modes, and both sides, come down to: each to itself, or to its parts where another lies partly within it.
+        """The atoms of some modes and of both sides: a mode itself, or its parts where another one lies partly within it.
 
         Raises:
             SpecError: they lie in two splits of one side; ``span`` is where they stand.

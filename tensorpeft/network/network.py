@@ -50,7 +50,7 @@ class Unfolding:
 
 @dataclass(frozen=True)
 class Entries:
-    """What a mask of several modes keeps of one key: positions in the grid of all free axes, ascending.
+    """The entries of one key that a mask of several modes keeps: positions in the grid of all free axes, ascending.
 
     They are drawn when first asked for: a report of a large model needs their number alone.
     """

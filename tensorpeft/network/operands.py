@@ -35,7 +35,7 @@ class _Factor:
 
 @dataclass(frozen=True)
 class _GroupContext:
-    """What the terms of a group have in common."""
+    """The arguments that building every term of a group needs."""
 
     spec: Spec
     site_class: SiteClass
@@ -113,7 +113,7 @@ def _check_sizes(context: _GroupContext, factor: _Factor) -> None:
 
 
 def _kept_atoms(context: _GroupContext, factors: Sequence[_Factor], atoms: Mapping[str, tuple[str, ...]]) -> KeptAtoms:
-    """What is left of each masked mode of a product: what every factor that masks it keeps."""
+    """The indices of each masked mode of a product that all factors with a mask on it keep."""
     kept: KeptAtoms = {}
     for factor in factors:
         if factor.storage is None:

@@ -1,4 +1,4 @@
-"""How large the matrix rank of dW can be: the minimum cut of the network between its output and its input."""
+"""An upper bound of the matrix rank of dW: the minimum cut of the network between its output and its input."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def minimum_cut(term: Term) -> tuple[str, ...]:
 
 
 def _entries(term: Term) -> dict[int, int]:
-    """How many entries at most there are of each operand of which masks keep entries."""
+    """For each operand with a mask on entries, the most entries that any of its keys keeps."""
     return {
         number: max(entries[key].count for key in operand.keys)
         for number, operand in enumerate(term.operands)

@@ -1,4 +1,4 @@
-"""Who uses a factor: at which sites, by which names of its modes, and which tensor serves them."""
+"""Sharing: which sites use a factor, under which names of its modes, and which of its tensors serves each."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ Users = list[tuple[Site, SiteClass]]
 
 @dataclass(frozen=True)
 class Sharing:
-    """A factor at the sites that have it: the modes of its first reference name those of the stored tensor."""
+    """The sites that use a factor, by class. The modes of its first reference name those of the stored tensor."""
 
     factor: str
     written: tuple[str, ...]
@@ -45,13 +45,13 @@ class Sharing:
         return tuple(getattr(site, mode) for mode in self.site_modes)
 
     def sizes(self, site_class: SiteClass, layouts: Layouts) -> FreeSizes:
-        """What a kind of sites wants of each free mode."""
+        """The sizes of the free modes at a class of sites."""
         sizes = layouts[site_class].sizes
         return tuple(sizes[mode] for mode in self.names[site_class])
 
 
 def sharing_of(spec: Spec, factor: str, classes: Iterable[SiteClass]) -> Sharing:
-    """Who uses a factor, and by which names of its modes."""
+    """Find the classes of sites that use a factor, and the names that its free modes have there."""
     names = {}
     for site_class in classes:
         reference = _first(factor, (f for product in site_class.products for f in product.factors))
@@ -61,7 +61,7 @@ def sharing_of(spec: Spec, factor: str, classes: Iterable[SiteClass]) -> Sharing
 
 
 def first_reference(spec: Spec, factor: str) -> Reference:
-    """Where a factor is written first: this says how it is stored."""
+    """The first mention of a factor in the update; its modes, in their order, are those of the stored tensors."""
     reference = _first(factor, (f for product in spec.update.products for f in product.factors))
     assert reference is not None
     return reference

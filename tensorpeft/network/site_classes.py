@@ -1,4 +1,4 @@
-"""What a spec says of one site: its products, and the entries of choices that fit it. Of several, the last counts."""
+"""Classes of sites of which a spec means the same. Of several entries that fit a site the last counts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class SiteClass:
 
 
 def site_classes(spec: Spec, sites: Sequence[Site]) -> list[tuple[Site, SiteClass]]:
-    """Each site with its kind, whatever numbers the ranks come to.
+    """Each site with its class. Classes do not depend on the numbers that ranks come to: a budget tries many.
 
     Raises:
         SpecError: no entry of the update fits a site.
@@ -58,7 +58,7 @@ def last_fitting(selectors: Sequence[Selector], site: Site) -> Selector | None:
 
 
 def chosen(expression: Expression, what: str, site: Site) -> Expression:
-    """What an expression is at a site: of a choice, the last entry that fits.
+    """An expression as it counts at a site: of a choice, the last entry that fits.
 
     Raises:
         SpecError: none fits.

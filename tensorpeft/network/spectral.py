@@ -37,7 +37,7 @@ def signed(left: np.ndarray, values: np.ndarray, right: np.ndarray) -> Decomposi
 
 
 def spectral_values(block: Block, key: Key, found: Decomposition, site: Site) -> np.ndarray:
-    """What a data-dependent block holds for a key, from the decomposition of the key's weight; of the key's shape.
+    """The initial numbers of one key of a data-dependent block, from the decomposition of its weight, in the key's shape.
 
     Raises:
         SpecError: a power of the singular values is not finite.

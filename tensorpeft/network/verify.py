@@ -1,4 +1,4 @@
-"""What every network keeps to, checked between the passes: planning and emission rely on it and ask no more."""
+"""The invariants of a network, checked between the passes: planning and emission rely on them and do not ask again."""
 
 from __future__ import annotations
 

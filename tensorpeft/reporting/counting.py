@@ -24,7 +24,7 @@ _BINDINGS = ("attach", "row", "data", "sum")
 
 
 def report_of(plan: Plan) -> Report:
-    """What the adapter of a plan costs."""
+    """The report on the adapter of a plan."""
     network, spec, model = plan.network, plan.network.spec, plan.network.model
     kinds = _kinds(network)
     owned = _owned(network, kinds)
@@ -59,12 +59,12 @@ def report_of(plan: Plan) -> Report:
 
 
 def trained(network: Network) -> int:
-    """How many numbers of the factors an optimizer sees."""
+    """The number of trained numbers of the factors."""
     return _count(block for block in network.blocks if block.trainable)
 
 
 def added(network: Network) -> int:
-    """How many numbers of the base are trained beside them."""
+    """The number of numbers of the base that are trained beside the factors."""
     return sum(parameter.count for parameter in network.extras)
 
 
@@ -89,7 +89,7 @@ def _factor(block: Block) -> FactorEntry:
 
 
 def _uses(network: Network) -> Iterator[tuple[Block, Key, Site]]:
-    """Which site uses which key of which block."""
+    """Each use of a block: the block, the key, and the site that uses it."""
     for group in network.groups:
         for term in group.terms:
             for operand in term.operands:

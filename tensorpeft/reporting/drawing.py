@@ -97,7 +97,7 @@ def _panel(group: ET.Element, panel: Panel, sign: str, top: float) -> tuple[floa
 
 
 def _places(panel: Panel, top: float) -> dict[GraphNode, Box]:
-    """Where the nodes are that are no rails."""
+    """The boxes of all nodes but the rails."""
     found = columns(panel)
     middle = top + (max(map(len, found)) - 1) / 2 * _ROW + _BOX / 2
     left, places = float(_MARGIN), {}
@@ -111,7 +111,7 @@ def _places(panel: Panel, top: float) -> dict[GraphNode, Box]:
 
 
 def _lines(panel: Panel, node: GraphNode) -> tuple[str, ...]:
-    """What is written on a factor or a mode."""
+    """The lines of text on a factor or a mode."""
     if isinstance(node, str):
         return (_sized(node, panel),)
     operand = panel.operands[node]
@@ -165,7 +165,7 @@ def _factor(group: ET.Element, panel: Panel, number: int, place: Box) -> None:
 
 
 def _kinds(operand: Operand) -> Iterator[str]:
-    """What a factor is, and what is special about it, as classes."""
+    """The CSS classes of a factor: trained or frozen, and what is special about it."""
     block = operand.block
     if operand.is_base:
         yield "base"
@@ -206,7 +206,7 @@ def _shape(drawn: ET.Element, kind: str, place: Box) -> None:
 
 
 def _legend(root: ET.Element, used: set[str], rank: int, top: float, right: float) -> float:
-    """What the classes of the picture mean, those that occur; its bottom."""
+    """Draw what the CSS classes that occur mean; the bottom of the legend."""
     group = ET.SubElement(root, "g", {"class": "legend"})
     x, y = float(_MARGIN), top
     for besides, kind, told in _MEANINGS:

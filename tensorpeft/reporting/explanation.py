@@ -1,4 +1,4 @@
-"""How a spec runs on a model: its network as a graph, its contraction step by step, its code."""
+"""An explanation of a spec on a model: its network as a graph, its contraction step by step, its code."""
 
 from __future__ import annotations
 

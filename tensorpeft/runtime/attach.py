@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.checkpoint.fit import stored_name
+from tensorpeft.checkpoint.compatibility import stored_name
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.network.network import Network
 from tensorpeft.planning.plan import Plan

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tensorpeft.checkpoint.compatibility import stored_name
 from tensorpeft.checkpoint.files import Saved, check_digest, digest, dtype_name, write
-from tensorpeft.checkpoint.fit import stored_name
 from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.language.printer import spec_text

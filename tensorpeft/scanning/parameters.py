@@ -33,10 +33,10 @@ def parameters(modules: Mapping[str, nn.Module], is_head: IsHead) -> tuple[Param
 
 
 def head_of(modules: Mapping[str, nn.Module], sites: Iterable[Site], sizes: Mapping[str, int]) -> IsHead:
-    """What is the head of a model.
+    """A test of a parameter's path: whether it belongs to the head of the model.
 
-    It is all that lies outside the body, where a module tells its body (``base_model_prefix``) or lies inside another; else what
-    the family's table gives the model's class; else the linear modules outside the layers that read the model's width.
+    The head is all that lies outside the body, where a module tells its body (``base_model_prefix``) or lies inside another;
+    else what the family's table gives the model's class; else the linear modules outside the layers that read the width.
     """
     path, model = next(((path, module) for path, module in modules.items() if hasattr(module, "config")), ("", None))
     start = f"{path}." if path else ""

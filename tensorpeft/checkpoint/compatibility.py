@@ -8,7 +8,7 @@ from math import prod
 from tensorpeft.checkpoint.header import Header, SiteRow
 from tensorpeft.language.errors import CheckpointError, listing
 from tensorpeft.model.shape import Site
-from tensorpeft.model.target import fingerprint, site_rows
+from tensorpeft.model.target import site_rows
 from tensorpeft.network.network import Network
 
 
@@ -23,8 +23,9 @@ def check_sites(header: Header, model: str, sites: tuple[Site, ...]) -> None:
     Raises:
         CheckpointError: they differ in number, order or size.
     """
-    if fingerprint(sites) != header.fingerprint:
-        difference = _difference(header.sites, site_rows(sites))
+    here = site_rows(sites)
+    if here != header.sites:
+        difference = _difference(header.sites, here)
         raise CheckpointError(
             f"this {model} does not have the sites of the {header.model} it was saved from: {difference}"
         )

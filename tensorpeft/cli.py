@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from tensorpeft.reporting.page import Listing, Page
 
 _FORMATS = ("text", "json", "md", "html")
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
-_LARGEST_BUDGET = 10**12
 
 Command = Callable[..., None]
 T = TypeVar("T")
@@ -56,14 +54,13 @@ def _budgets(ctx: click.Context, param: click.Parameter, given: str | None) -> t
 
 
 def _budget(given: str) -> int:
-    digits, unit = (given[:-1], _UNITS[given[-1].lower()]) if given[-1:].lower() in _UNITS else (given, 1)
+    from tensorpeft.language.nodes import literal
+    from tensorpeft.language.sizes import parse_budget
+
     try:
-        number = round(float(digits) * unit)
-    except (ValueError, OverflowError):
-        number = 0
-    if not 1 <= number <= _LARGEST_BUDGET:
-        raise click.BadParameter(f"{given!r} is not a number of parameters, such as 20000, 20k or 2.5M.")
-    return number
+        return parse_budget(literal(given))
+    except SpecError:
+        raise click.BadParameter(f"{given!r} is not a number of parameters, such as 20000, 20k or 2.5M.") from None
 
 
 _specs = click.argument("specs", metavar="SPEC...", nargs=-1, required=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
@@ -15,11 +16,18 @@ from tensorpeft.language.shipped import grammar_path
 
 @cache
 def _validator() -> Any:
-    """The schema's validator, with whole numbers meant strictly: `4.0` is none, nor is `true`."""
-    from jsonschema import Draft202012Validator, validators  # late: a tenth of a second to import
+    """The schema's validator, with whole numbers meant strictly (`4.0` is none, nor is `true`), and patterns too.
+
+    In JSON Schema `$` is the very end of a text, as in ECMAScript; Python's `$` stands before a last line break as well.
+    """
+    from jsonschema import Draft202012Validator, ValidationError, validators  # late: a tenth of a second to import
+
+    def fits(_: object, pattern: str, text: object, schema: object) -> Iterator[ValidationError]:
+        if isinstance(text, str) and not re.search(pattern.replace("$", r"\Z"), text):
+            yield ValidationError(f"{text!r} does not match {pattern!r}")
 
     integers = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    strict = validators.extend(Draft202012Validator, type_checker=integers)
+    strict = validators.extend(Draft202012Validator, {"pattern": fits}, type_checker=integers)
     return strict(json.loads(grammar_path("spec.schema.json").read_text(encoding="utf-8")))
 
 
@@ -102,7 +110,8 @@ def _found(node: Node) -> str:
         if node.value is None:
             return "empty"
         if isinstance(node.value, str):
-            return f"the text `{clip(node.value)}`" if node.value else "an empty text"
+            broken = " with a line break" if "\n" in node.value else ""
+            return f"the text `{clip(node.value)}`{broken}" if node.value else "an empty text"
         return f"`{clip(node.text)}`"
     if isinstance(node, List):
         return f"a list of length {len(node.items)}" if node.items else "an empty list"

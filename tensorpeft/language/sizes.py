@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
@@ -17,7 +18,8 @@ from tensorpeft.language.source import Span
 from tensorpeft.language.syntax import Expression, Name, Number, Operation
 
 MAX_BUDGET = 10**15
-_SUFFIXES = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+_COUNT = re.compile(r"([0-9]{1,16}(?:\.[0-9]{1,16})?)([kmg]?)", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def read_sizes(table: Table, written: Table, form: Form, findings: Findings) -> 
         return Sizes(tuple(ranks.items()))
     budget = 1
     with findings.under("rank"):
-        budget = _budget(said)
+        budget = parse_budget(said)
     free = tuple(name for name in _names(form) if name not in known)
     if not free:
         findings.add("rank", "`budget` has nothing to size; expected a bond without a size of its own", said.span)
@@ -76,14 +78,21 @@ def _defined(form: Form) -> set[str]:
     return {*BUILT_IN_MODES, *(mode.name for mode in form.definitions), *side_parts(form.definitions)}
 
 
-def _budget(said: Scalar) -> int:
-    """``20000``, ``20k``, ``1.5M``."""
-    text = str(said.value)
-    number = text.rstrip("".join(_SUFFIXES))
-    count = Decimal(number) * _SUFFIXES[text.removeprefix(number)]
+def parse_budget(text: Scalar) -> int:
+    """How many numbers may be trained, in a spec and on the command line alike.
+
+    >>> from tensorpeft.language.nodes import literal
+    >>> [parse_budget(literal(text)) for text in ("20000", "20k", "20K", "2.5M", "1g")]
+    [20000, 20000, 20000, 2500000, 1000000000]
+
+    Raises:
+        SpecError: it is no whole number, or out of range.
+    """
+    found = _COUNT.fullmatch(str(text.value))
+    count = Decimal(found[1]) * _UNITS[found[2].lower()] if found else Decimal(0)
     if count != int(count) or not 1 <= count <= MAX_BUDGET:
-        message = f"`{said.text}` is no number of trained numbers; expected a whole number from 1 to {MAX_BUDGET}"
-        raise fail(message, said.span)
+        message = f"`{text.text}` is no number of trained numbers; expected a whole number from 1 to {MAX_BUDGET}"
+        raise fail(message, text.span)
     return int(count)
 
 

@@ -55,7 +55,7 @@ def _budgets(ctx: click.Context, param: click.Parameter, given: str | None) -> t
 
 def _budget(given: str) -> int:
     from tensorpeft.language.nodes import literal
-    from tensorpeft.language.sizes import parse_budget
+    from tensorpeft.language.reader import parse_budget
 
     try:
         return parse_budget(literal(given))
@@ -145,9 +145,8 @@ def expand(spec: str) -> None:
     A shorthand becomes the update that it stands for; every default is told.
     """
     from tensorpeft.language.loader import load_spec
-    from tensorpeft.language.printer import spec_text
 
-    click.echo(spec_text(load_spec(spec)), nl=False)
+    click.echo(str(load_spec(spec)), nl=False)
 
 
 @main.command()

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from tensorpeft.language.diagnostics import Findings
 from tensorpeft.language.grammar import parse_arithmetic, parse_selector
-from tensorpeft.language.nodes import Node, Scalar, Table
+from tensorpeft.language.nodes import MappingNode, Node, Scalar
 from tensorpeft.language.syntax import EVERYWHERE, Choice, Expression, Number, Selector
 
 
@@ -17,7 +17,7 @@ def entries(node: Node | None, key: str, findings: Findings) -> Iterator[tuple[S
     """
     if isinstance(node, Scalar):
         yield EVERYWHERE, node
-    elif isinstance(node, Table):
+    elif isinstance(node, MappingNode):
         earlier: list[_Reach] = []
         for name, text in node.items:
             with findings.under(key):

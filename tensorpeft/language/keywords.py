@@ -49,8 +49,6 @@ MASK_RULES = {  # each takes options besides: a matrix and its own value
 }
 SCORED = ("top", "sample")  # the rules that read the file under `scores`
 TRAINABLE = ("biases", "norms", "head")  # what `train` names of the base, besides patterns
-BUDGET = "budget"  # among the bonds of `rank`: how many numbers are trained at most
-INPUT = "x"  # of a site, for `dropout`
 
 ZEROS, ONES, IDENTITY = Call("zeros"), Call("ones"), Call("identity")
 KAIMING = Call("kaiming_uniform")

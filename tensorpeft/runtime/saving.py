@@ -14,7 +14,6 @@ from tensorpeft.checkpoint.files import Saved, check_digest, digest, dtype_name,
 from tensorpeft.checkpoint.fit import mask_digest, stored_name
 from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor
 from tensorpeft.language.errors import AdapterError
-from tensorpeft.language.printer import spec_text
 from tensorpeft.model.target import choose, site_rows
 from tensorpeft.network.mask_packing import from_file, indices
 from tensorpeft.network.network import Block, Network
@@ -34,7 +33,7 @@ def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
         tensors[name] = tensor = _values(adapter, name, parameter)
         factors[name] = SavedFactor(dtype_name(tensor), tuple(tensor.shape), digest(tensor), True, None)
     header = Header(
-        spec=spec_text(network.spec),
+        spec=str(network.spec),
         model=network.model.name,
         sites=site_rows(choose(network.spec.target, network.model)),
         factors=factors,

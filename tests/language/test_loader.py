@@ -9,7 +9,6 @@ import pytest
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.loader import load_spec
 from tensorpeft.language.overrides import parse_override
-from tensorpeft.language.printer import spec_text
 from tensorpeft.language.shipped import method_paths
 from tensorpeft.language.spec import Spec
 
@@ -128,7 +127,7 @@ def test_a_line_break_at_the_end_belongs_to_a_text(line: str, message: str) -> N
 def test_the_small_languages_may_be_written_over_several_lines() -> None:
     text = "tensorpeft: 1\ntarget: all-linear\nrank: 4\nfactors: {B: {init: zeros}}\nupdate: "
     folded = load_spec(text + '"B[layer, d_out, r]\\n  * A[layer, r, d_in]\\n"')
-    assert folded == load_spec(text + "B[layer, d_out, r] * A[layer, r, d_in]") == load_spec(spec_text(folded))
+    assert folded == load_spec(text + "B[layer, d_out, r] * A[layer, r, d_in]") == load_spec(str(folded))
 
 
 @pytest.mark.parametrize(("key", "value", "message"), [(key, *rest) for key, rest in VALUES.items()])

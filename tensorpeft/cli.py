@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        """What this library refuses is the user's to mend: told without a traceback, exit code 2. So is a full disk, but 1."""
+        """Tell an error without a traceback: exit code 2 for what this library refuses, 1 for the system's (a full disk)."""
         try:
             return super().invoke(ctx)
         except TensorpeftError as refusal:

@@ -1,4 +1,4 @@
-"""What has been found wrong with a spec so far."""
+"""The problems found in a spec, collected while it is read, so that one run tells them all."""
 
 from __future__ import annotations
 

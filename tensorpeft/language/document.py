@@ -69,6 +69,7 @@ class _Composer:
 
     def root(self) -> Node | None:
         """The only document's node; None if there is no document."""
+        # events rather than PyYAML's nodes: what is too deep or too much is refused before it is built
         if len(self.text.encode("utf-8", "replace")) > MAX_BYTES:
             message = f"a spec has at most {MAX_BYTES // 1024} KiB of text; this one has more"
             raise fail(message, Span(self.source, 0, 1))
@@ -173,7 +174,7 @@ class _Composer:
         return Scalar(value, event.value, span, Span(self.source, start, end))
 
     def _plain(self, text: str, span: Span) -> Plain:
-        """What an unquoted scalar stands for."""
+        """The value of an unquoted scalar; a number that cannot be meant is a problem, and reads as 0."""
         if _NULL.fullmatch(text):
             return None
         if _TRUE.fullmatch(text) or _FALSE.fullmatch(text):

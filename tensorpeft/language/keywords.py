@@ -20,7 +20,7 @@ BUILT_IN_MODES = (*SITE_MODES, TASK_MODE, *SIDES, *STRUCTURAL_MODES)
 
 @dataclass(frozen=True)
 class Signature:
-    """What stands in the brackets of a call: values in order, and named options."""
+    """The arguments that a call takes: values in order, and named options."""
 
     values: tuple[str, ...] = ()
     options: tuple[str, ...] = ()

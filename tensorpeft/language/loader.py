@@ -27,6 +27,11 @@ def load_spec(what: str | PathLike[str], *overrides: Override, **values: object)
     ``layers`` for those of ``target``; ``rank=4`` sizes the bond ``r`` where there is one, else every bond; None takes
     a key away. Positional overrides come from ``parse_override``.
 
+    >>> str(load_spec("lora", rank=4).update)
+    'B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in]'
+    >>> load_spec("lora", rank={"budget": "20k"}).budget
+    20000
+
     Raises SpecError with every independent problem, each at its place in the text or in an override.
     """
     source = find_source(what)

@@ -27,7 +27,7 @@ class Scalar:
         return self.value
 
     def part(self, start: int, end: int) -> Span:
-        """Where the characters ``[start, end)`` of ``text`` are written; the whole scalar where that cannot be told."""
+        """The span of the characters ``[start, end)`` of ``text``; the whole scalar's where escapes hide it."""
         if not self._offsets:
             return self.span
         after = self._offsets[-1] + 1
@@ -101,13 +101,13 @@ class MappingNode:
         return node if isinstance(node, MappingNode) else MappingNode((), self.span)
 
     def where(self, key: str) -> Span:
-        """Where a key is written; the first key's place if this one is not there."""
+        """The span of a key; the first key's if this one is missing."""
         if key in self._entries:
             return self._entries[key][0].span
         return self.items[0][0].span if self.items else self.span
 
     def place(self, key: str, name: str) -> Span:
-        """Where a name of the mapping under a key is written; the value's place where it is no mapping."""
+        """The span of a name in the mapping under a key; the value's if it is no mapping."""
         node = self.get(key)
         return node.where(name) if isinstance(node, MappingNode) else node.span if node else self.where(key)
 

@@ -1,4 +1,4 @@
-"""What a caller says over a spec's text: keyword arguments, and ``--set key=value`` of the command line.
+"""Keys that a caller sets over a spec's text: keyword arguments, and ``--set key=value`` of the command line.
 
 An override is a node like any other, with a source of its own, so that an error in it is shown there.
 """
@@ -122,7 +122,7 @@ def _put(table: MappingNode, path: tuple[Scalar, ...], value: Node, above: tuple
 
 
 def _single(keys: tuple[str, ...]) -> str | None:
-    """What a value by itself stands for, where a mapping can stand in its place."""
+    """The name under which a single value stands, where a mapping can take its place."""
     match keys:
         case ("dropout",):
             return INPUT

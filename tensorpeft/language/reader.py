@@ -100,7 +100,7 @@ def _ragged(table: MappingNode) -> tuple[tuple[str, str], ...]:
 
 
 def _dropout(table: MappingNode) -> tuple[tuple[str, float], ...]:
-    """What is dropped, and how often; a number by itself is for the input."""
+    """Pairs of a name and its probability; a number by itself is for the input."""
     found = ((name, float(str(probability.value))) for name, probability in _each(table, "dropout", INPUT))
     return tuple((name, probability) for name, probability in found if probability)
 
@@ -129,7 +129,7 @@ def _heads(table: MappingNode) -> Heads:
 
 
 def _places(node: Node | None) -> list[Span]:
-    """Where the names of a value for each of them are written, or where a single value is."""
+    """The spans of the keys of a mapping, or the span of a single value."""
     return [name.span for name, _ in node.items] if isinstance(node, MappingNode) else [node.span] if node else []
 
 
@@ -215,7 +215,7 @@ class BondSizes:
 
 
 def read_sizes(table: MappingNode, written: MappingNode, form: WrittenUpdate, findings: Findings) -> BondSizes:
-    """What ``rank:`` says in a table; ``written`` is the table with what cannot be read.
+    """The sizes under ``rank:``. ``table`` lacks what cannot be read, ``written`` has it still.
 
     A bond whose size cannot be told gets some size, so that it is known at least.
     """
@@ -261,7 +261,7 @@ def _defined(form: WrittenUpdate) -> set[str]:
 
 
 def parse_budget(text: Scalar) -> int:
-    """How many numbers may be trained, in a spec and on the command line alike.
+    """The number of a budget: how many numbers may be trained. ``rank: {budget: ...}`` and ``--budget`` share it.
 
     >>> from tensorpeft.language.nodes import literal
     >>> [parse_budget(literal(text)) for text in ("20000", "20k", "20K", "2.5M", "1g")]

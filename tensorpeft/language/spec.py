@@ -43,7 +43,7 @@ class Target:
     spans: tuple[Span, ...] = field(default=(), compare=False, repr=False)  # one per entry of these three, in order
 
     def span(self, entry: str | int) -> Span | None:
-        """Where an entry of ``matrices``, ``exclude`` or ``layers`` is written."""
+        """The span of an entry of ``matrices``, ``exclude`` or ``layers``."""
         entries: tuple[str | int, ...] = (*self.matrices, *self.exclude, *(self.layers or ()))
         return dict(zip(entries, self.spans, strict=False)).get(entry)
 
@@ -60,14 +60,14 @@ class Heads:
     spans: tuple[Span, ...] = field(default=(), compare=False, repr=False)  # one per entry of side, then of count
 
     def span(self, key: str, matrix: str) -> Span | None:
-        """Where ``side`` or ``count`` speaks of a matrix."""
+        """The span of a matrix's entry under ``side`` or ``count``."""
         entries = [*(("side", name) for name, _ in self.side), *(("count", name) for name, _ in self.count)]
         return dict(zip(entries, self.spans, strict=False)).get((key, matrix))
 
 
 @dataclass(frozen=True)
 class FactorRule:
-    """What is said of one factor under ``factors:``."""
+    """The entry of one factor under ``factors:``."""
 
     init: Initialiser
     frozen: bool = False
@@ -132,7 +132,7 @@ class Spec:
         return dict(self.factors)[name]
 
     def policy(self, mode: str) -> str:
-        """What happens where the sizes of a mode differ from matrix to matrix."""
+        """The policy for a mode whose size differs from matrix to matrix: by_size, slice, group or error."""
         policies = dict(self.ragged)
         return policies.get(mode, policies.get("*", "by_size"))
 

@@ -39,7 +39,7 @@ def part_sizes(spec: Spec, table: MappingNode) -> Iterator[Problem]:
 
 
 def _needs(spec: Spec) -> dict[str, set[str]]:
-    """What the size of each bond and of each part is worked out from: of a part from all that is said of its fellows too."""
+    """For each bond and part, the names that its size depends on; a part depends on the sizes of its fellows too."""
     needs = {bond: {*rank.names} for bond, rank in spec.ranks}
     for definition in spec.modes:
         said = {name for part in definition.parts if part.size is not None for name in part.size.names}

@@ -98,7 +98,7 @@ def _is_weight(spec: Spec, reference: Reference) -> bool:
 
 
 def _unlike(spec: Spec, known: Reference, reference: Reference) -> str | None:
-    """What a mention lacks to be of the same factor as the first."""
+    """What was expected of a mention that cannot be of the same factor as the first; None if it can."""
     if len(known.modes) != len(reference.modes):
         return "the same number of modes"
     for one, other in zip(known.modes, reference.modes, strict=True):

@@ -21,7 +21,7 @@ def patterns(spec: Spec, table: MappingNode) -> Iterator[Problem]:
 
 
 def dropout(spec: Spec, table: MappingNode) -> Iterator[Problem]:
-    """What is dropped is the input of the sites, or a bond."""
+    """`dropout` names the input of the sites, or bonds."""
     carried = names.carried(spec)
     bonds = [bond for bond in names.bonds(spec) if bond in carried]
     for name, _ in spec.dropout:

@@ -55,7 +55,7 @@ def _several_splits(spec: Spec, carried: set[str]) -> list[Definition]:
 
 
 def _missing(spec: Spec, atoms: Set[str]) -> list[str]:
-    """What these modes lack of the two sides; where a side is split in several ways, of the one that they are nearest to."""
+    """The modes missing for a whole output and input; of a side split in several ways, those of the nearest way."""
     by_heads = atoms & {*STRUCTURAL_MODES} - names.side_parts(spec.modes)
     lacking = [left for side in SIDES if (left := _lack(spec, side, atoms))]
     complete = [modes for modes in ({"head", "head_dim"}, {"width"}) if modes <= by_heads]
@@ -67,7 +67,7 @@ def _missing(spec: Spec, atoms: Set[str]) -> list[str]:
 
 
 def _lack(spec: Spec, side: str, atoms: Set[str]) -> Set[str]:
-    """What these modes lack of a side."""
+    """The modes missing for one whole side."""
     ways = [names.atoms(spec, (part.name for part in split.parts)) for split in names.splits(spec, side)]
     return min((way - atoms for way in ways or [frozenset({side})]), key=len)
 

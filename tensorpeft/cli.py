@@ -29,8 +29,6 @@ if TYPE_CHECKING:
     from tensorpeft.reporting.page import Listing, Page
 
 _FORMATS = ("text", "json", "md", "html")
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
-_LARGEST_BUDGET = 10**12
 
 Command = Callable[..., None]
 T = TypeVar("T")
@@ -38,7 +36,7 @@ T = TypeVar("T")
 
 class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        """What this library refuses is the user's to mend: told without a traceback, exit code 2. So is a full disk, but 1."""
+        """Tell an error without a traceback: exit code 2 for what this library refuses, 1 for the system's (a full disk)."""
         try:
             return super().invoke(ctx)
         except TensorpeftError as refusal:
@@ -56,14 +54,13 @@ def _budgets(ctx: click.Context, param: click.Parameter, given: str | None) -> t
 
 
 def _budget(given: str) -> int:
-    digits, unit = (given[:-1], _UNITS[given[-1].lower()]) if given[-1:].lower() in _UNITS else (given, 1)
+    from tensorpeft.language.nodes import literal
+    from tensorpeft.language.reader import parse_budget
+
     try:
-        number = round(float(digits) * unit)
-    except (ValueError, OverflowError):
-        number = 0
-    if not 1 <= number <= _LARGEST_BUDGET:
-        raise click.BadParameter(f"{given!r} is not a number of parameters, such as 20000, 20k or 2.5M.")
-    return number
+        return parse_budget(literal(given))
+    except SpecError:
+        raise click.BadParameter(f"{given!r} is not a number of parameters, such as 20000, 20k or 2.5M.") from None
 
 
 _specs = click.argument("specs", metavar="SPEC...", nargs=-1, required=True)
@@ -148,9 +145,8 @@ def expand(spec: str) -> None:
     A shorthand becomes the update that it stands for; every default is told.
     """
     from tensorpeft.language.loader import load_spec
-    from tensorpeft.language.printer import spec_text
 
-    click.echo(spec_text(load_spec(spec)), nl=False)
+    click.echo(str(load_spec(spec)), nl=False)
 
 
 @main.command()

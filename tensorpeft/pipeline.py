@@ -101,7 +101,7 @@ def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = No
 def report(
     spec: Spec | str | Path, model: ModelShape | nn.Module | str | Path | dict[str, Any], *, regime: Regime = Regime()
 ) -> Report:
-    """What a spec costs on a model: exact counts, bytes, FLOPs, the rank of LoRA that could stand for it.
+    """Count a spec on a model: exact counts, bytes, FLOPs, the rank of LoRA that could stand for it.
 
     Args:
         spec: a spec, a catalogue name, a path, or YAML text.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner, Result
 
+from tensorpeft import cli
 from tensorpeft.cli import main
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.loader import load_spec
@@ -126,6 +129,8 @@ def test_refusals(update_golden, tmp_path, monkeypatch):
         (["sweep", "lora", "--model", "llama-2-7b", "--budget", "10q"], "'10q' is not a number of parameters"),
         (["sweep", "lora", "--model", "llama-2-7b", "--budget", "10k,"], "'' is not a number of parameters"),
         (["sweep", "lora", "--model", "llama-2-7b", "--budget", "inf"], "'inf' is not a number of parameters"),
+        (["sweep", "lora", "--model", "llama-2-7b", "--budget", "2.5"], "'2.5' is not a number of parameters"),
+        (["sweep", "lora", "--model", "llama-2-7b", "--budget", "1e4"], "'1e4' is not a number of parameters"),
         (["sweep", "lora", "--model", "llama-2-7b", "--budget", "-3"], "'-3' is not a number of parameters"),
     ],
 )
@@ -416,12 +421,9 @@ READS = {"lark", "jsonschema", "yaml"}
     ],
 )
 def test_a_command_imports_what_it_needs(command, needs):
-    script = (
-        "import sys; from tensorpeft.cli import main; main(sys.argv[1:], standalone_mode=False); "
-        "print(*sys.modules, file=sys.stderr)"
-    )
     environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    run = [sys.executable, "-c", script, *command.split()]
-    imported = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stderr.split()
-    assert "tensorpeft.cli" in imported
-    assert HEAVY.intersection(imported) == needs
+    run = [sys.executable, "-X", "importtime", "-m", "tensorpeft", *command.split()]
+    told = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stderr
+    imported = {line.rpartition("|")[2].strip() for line in told.splitlines()}
+    assert {"click", "tensorpeft.cli"} <= imported
+    assert HEAVY & imported == needs

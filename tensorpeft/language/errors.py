@@ -79,7 +79,11 @@ def fail(message: str, span: Span | None = None) -> SpecError:
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:
-    """``"; did you mean `x`?"`` for the nearest known name, or nothing."""
+    """A question to end a message with, or nothing where no known name is near.
+
+    >>> did_you_mean("lyaer", ["layer", "head"])
+    '; did you mean `layer`?'
+    """
     near = nearest(found, known)
     return f"; did you mean `{near}`?" if near else ""
 

@@ -1,4 +1,4 @@
-"""What the names in a spec are: its bonds, its modes and their parts, the factors that carry them."""
+"""Look-ups of the names in a spec: its bonds, its modes and their parts, the factors that carry them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def bonds(spec: Spec) -> tuple[str, ...]:
 
 
 def sizes(spec: Spec) -> tuple[str, ...]:
-    """What arithmetic may speak of: bonds, parts of the sides, and what the model has a size of."""
+    """The names that arithmetic may use: bonds, parts of the sides, and sizes of the model."""
     parts = (part.name for definition in spec.modes for part in definition.parts)
     return (*bonds(spec), *dict.fromkeys(part for part in parts if part in side_parts(spec.modes)), *SIZE_NAMES)
 
@@ -50,7 +50,7 @@ def known_modes(spec: Spec) -> set[str]:
 
 
 def atoms(spec: Spec, modes: Iterable[str]) -> frozenset[str]:
-    """What these modes come down to: a defined one to its parts, the others to themselves."""
+    """The atoms of these modes: a defined mode is replaced by its parts, and these by theirs."""
     return frozenset(inside(spec.modes, modes) - {definition.name for definition in spec.modes})
 
 

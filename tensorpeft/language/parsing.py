@@ -75,7 +75,8 @@ def parse(language: Language, text: Scalar) -> Tree:
 
 
 def _expected(parser: lark.Lark, language: Language, text: str, end: int) -> str:
-    """What could stand at ``end``, where the text stops making sense, in words."""
+    """The words that the grammar accepts at ``end``, where the text stops making sense."""
+    # what lark's error calls expected depends on its lexer's state, and lists words that would fail one step later
     steps = parser.parse_interactive(text, start=language.start)
     with suppress(lark.UnexpectedInput):
         for token in steps.iter_parse():

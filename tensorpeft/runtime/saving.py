@@ -12,7 +12,6 @@ from tensorpeft.checkpoint.compatibility import stored_name
 from tensorpeft.checkpoint.files import Saved, check_digest, digest, dtype_name, write
 from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor
 from tensorpeft.language.errors import AdapterError
-from tensorpeft.language.printer import spec_text
 from tensorpeft.model.target import choose, site_rows
 from tensorpeft.network.mask_packing import from_file, indices
 from tensorpeft.network.network import Block, Network
@@ -36,7 +35,7 @@ def save(state: State, folder: str | PathLike[str]) -> Path:
         for name, tensor in tensors.items()
     }
     header = Header(
-        spec=spec_text(network.spec),
+        spec=str(network.spec),
         model=network.model.name,
         sites=site_rows(choose(network.spec.target, network.model)),
         factors=factors,

@@ -32,7 +32,7 @@ class Magnitudes:
     """The magnitudes of an adapter, and the code for the norms that they are divided by."""
 
     def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+        self.adapter, self._factors = adapter, adapter.factors
         self._blocks = [block for block in adapter.network.blocks if block.rule.norm]
         self._names = {block.name for block in self._blocks}
         plans = adapter.plan.norms if self._blocks else ()
@@ -55,13 +55,12 @@ class Magnitudes:
 
     @torch.no_grad()
     def norms(self) -> dict[str, Tensor]:
-        """What the magnitudes are divided by, of their shapes, by the names of their blocks; ones while there are no weights."""
+        """The norms that the magnitudes are divided by, of their shapes, by the names of their blocks; ones without weights."""
         if not self._blocks:
             return {}
-        factors = self.adapter.factors
-        like = factors[self._blocks[0].name]
+        like = self._factors[self._blocks[0].name]
         if self.adapter.attachment is None or like.is_meta:
-            return {name: torch.ones_like(factors[name]) for name in self._names}
+            return {name: torch.ones_like(self._factors[name]) for name in self._names}
         dtype = torch.promote_types(like.dtype, torch.float32)
         with not_cast(like.device):
             given = [self._alone(name) for name in self._code.inputs]
@@ -73,13 +72,13 @@ class Magnitudes:
 
     def _alone(self, name: str) -> Tensor:
         """The tensor of a block as it stands in the W + dW of which there are norms: a magnitude counts as one."""
-        factor = self.adapter.factors[name]
+        factor = self._factors[name]
         return torch.ones_like(factor) if name in self._names else factor
 
     def over_norms(self) -> Value:
         """The tensors of blocks as they stand in products: magnitudes over the norms, as these are now."""
         self.forget()
-        found, factors = self.norms(), self.adapter.factors
+        found, factors = self.norms(), self._factors
         return lambda name: quotient(factors[name], found[name]) if name in found else factors[name]
 
     @torch.no_grad()
@@ -87,7 +86,7 @@ class Magnitudes:
         """Set every magnitude to the norms at the start, so that its quotient is one."""
         self.forget()
         for name, over in self.norms().items():
-            self.adapter.factors[name].copy_(over)
+            self._factors[name].copy_(over)
 
 
 class _DenseNorms:

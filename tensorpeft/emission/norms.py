@@ -50,14 +50,18 @@ class NormCode(PrologueCode):
         n = len(planned.halves)
         sides = [self._sides(planned, term, each) for term, each in products[:n]]
         scale = self._scale(planned, products[n:])
-        found = squares if scale == 1 else self._call(torch.mul, squares, self._call(torch.mul, scale, scale))
+        square = self._call(torch.mul, scale, scale) if isinstance(scale, fx.Node) else scale * scale
+        found = squares if square == 1 else self._call(torch.mul, squares, square)
         if sides:
             kept, summed = (each[0] if n == 1 else self._call(torch.cat, each, -1) for each in zip(*sides, strict=True))
             of_site = self._call("unbind", summed)
             own = [self._call(ops.times, w, self._call(getitem, of_site, i)) for i, w in enumerate(matrices)]
-            cross = self._call(torch.mul, self._call(torch.stack, tuple(own)), 2)
-            if scale != 1:
-                cross = self._call(torch.mul, cross, self._call(torch.unsqueeze, scale, -1))
+            twice = (
+                self._call(torch.mul, self._call("unsqueeze", scale, -1), 2)
+                if isinstance(scale, fx.Node)
+                else 2 * scale
+            )
+            cross = self._call(torch.mul, self._call(torch.stack, tuple(own)), twice)
             gram = self._call(torch.bmm, kept, self._call(torch.bmm, self._call("transpose", summed, 1, 2), summed))
             entries = self._call(torch.mul, kept, self._call(torch.add, gram, cross))
             found = self._call(torch.add, found, self._call("sum", entries, -1))
@@ -77,7 +81,7 @@ class NormCode(PrologueCode):
         return (outside, inside) if planned.side == "d_out" else (inside, outside)
 
     def _scale(self, planned: NormPlan, products: list[tuple[Term, Chain]]) -> fx.Node | float:
-        """What multiplies the rows, or columns, of W, its own 1 included: of shape (sites, kept), or (sites, 1), or a number."""
+        """The factor of the rows, or columns, of W, its own 1 included: of shape (sites, kept), or (sites, 1), or a number."""
         scale: fx.Node | float = 1 + planned.plain
         for term, each in products:
             (link,) = each.links

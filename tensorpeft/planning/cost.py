@@ -1,4 +1,4 @@
-"""What a chain costs: arithmetic and memory traffic of the forward pass, of the backward pass, and of the prologue.
+"""The cost of a chain: arithmetic and memory traffic of the forward pass, of the backward pass, and of the prologue.
 
 One number compares candidates: FLOPs + (bytes + kernels * launch) * balance, where a regime's balance says how many FLOPs a
 machine does while it moves a byte, and its launch how many bytes while it starts a kernel. Counted are
@@ -21,7 +21,7 @@ from tensorpeft.planning.chain import SITE, Bundles, Chain, Link
 from tensorpeft.planning.orders import TOKEN
 from tensorpeft.planning.regime import Regime
 
-Built = set[tuple[object, ...]]  # what a prologue has made already
+Built = set[tuple[object, ...]]  # keys of the tensors that a prologue has made already
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Cost:
 
 
 def chain_cost(group: Group, term: Term, chain: Chain, bundles: Bundles, regime: Regime, built: Built) -> Cost:
-    """What a chain costs at all sites of a group."""
+    """The cost of a chain at all sites of a group; tensors that are ``built`` are free."""
     flops, weight = 0, 0.0
     for size, count in Counter(map(len, bundles)).items():
         for link in chain.links:
@@ -55,7 +55,7 @@ def chain_cost(group: Group, term: Term, chain: Chain, bundles: Bundles, regime:
 
 
 def prologue_key(term: Term, link: Link) -> tuple[object, ...]:
-    """What tells the tensors of two links apart: equal keys are one stack of the prologue."""
+    """A key of the tensor that a link is: links of equal keys share one stack of the prologue."""
     return (
         link.pairs,
         link.modes,

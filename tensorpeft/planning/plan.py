@@ -76,8 +76,10 @@ class Plan:
 
     network: Network
     regime: Regime
-    groups: tuple[GroupPlan, ...]
-    sets: tuple[InputSet, ...]
+    groups: tuple[
+        GroupPlan, ...
+    ]  # of the network's groups; one that goes through W x is two (``planning.base_product``)
+    sets: tuple[InputSet, ...]  # of linear modules alone; they speak of ``groups`` by number
 
     @cached_property
     def norms(self) -> tuple[NormPlan, ...]:
@@ -86,7 +88,7 @@ class Plan:
 
     @property
     def order(self) -> tuple[object, ...]:
-        """What of it the emitted code depends on; the regime's figures are not part of it."""
+        """A key of the emitted code: plans of one network that agree in it share their code, whatever their figures."""
         chains = [(planned.group.at, each) for planned in self.groups for each in planned.chains]
         return tuple((at, *((link.operands, link.pairs, link.at_site) for link in each.links)) for at, each in chains)
 

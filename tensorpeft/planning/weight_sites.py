@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from tensorpeft.language.spec import SITE_MODES
+from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES
 from tensorpeft.network.network import Axis, Group, Operand, Term
 from tensorpeft.planning.chain import Chain, chain
 from tensorpeft.planning.orders import Order, orders
@@ -26,7 +26,8 @@ def some_sites(group: Group, numbers: Iterable[int]) -> Group:
     def operand(old: Operand) -> Operand:
         if not old.is_base:
             return replace(old, keys=tuple(old.keys[number] for number in chosen))
-        block = replace(old.block, axes=(Axis("site", len(keys), keys), *old.block.free_axes), keys=keys)
+        axes = (Axis("site", len(keys), keys), *old.block.free_axes)
+        block = replace(old.block, name=BASE_WEIGHT, axes=axes, keys=keys)
         return replace(old, block=block, keys=keys, site_modes=SITE_MODES[: len(keys[0])])
 
     terms = (replace(term, operands=tuple(map(operand, term.operands))) for term in group.terms)

@@ -15,7 +15,7 @@ from tensorpeft.runtime.torch_internals import is_traced
 
 @dataclass(frozen=True)
 class _Known:
-    """What was found, and of which weights: each where its module keeps it, with its version and its place in memory."""
+    """W at each site and its squared norms; the weights, each with where its module keeps it, its version and its memory."""
 
     dtype: torch.dtype
     device: torch.device

@@ -123,7 +123,7 @@ def spreads(term: Term, sites: tuple[Site, ...], shape: tuple[int, ...]) -> Iter
 
 
 def spread_along(axis: int, positions: np.ndarray | None, size: int) -> Iterator[Spread]:
-    """What brings an axis to positions of a longer one; nothing where it is that one already (None: all positions)."""
+    """The spread of an axis to positions of a longer one; none where it is that one already (None: all positions)."""
     if positions is not None and not (len(positions) == size and np.array_equal(positions, np.arange(size))):
         yield Spread(axis, Index.of(positions), size)
 

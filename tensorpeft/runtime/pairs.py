@@ -39,7 +39,7 @@ class PairUpdate:
         ]
 
     def constants(self) -> Iterator[Index]:
-        """What it reads at every call."""
+        """The positions that it reads at every call."""
         yield from self.code.constants()
         yield from (index for each in self._indices for index in each if index is not None)
 
@@ -81,7 +81,7 @@ class PairUpdate:
 
 
 def _first_matrix(built: ProductTensors, columns: Index | None, d_in: int) -> Tensor:  # shape: (features, d_in)
-    """What the input meets first; it is zero in columns that masks leave out."""
+    """The tensor that the input meets first; it is zero in columns that masks leave out."""
     term, link, tensor = built.term, built.chain.links[0], built.tensors[0]
     if len(built.tensors) == 1:
         matrix = built.dense()[0]

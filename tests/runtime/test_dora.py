@@ -66,6 +66,17 @@ SPECS = {
         f"- C[layer, d_out, s] * D[matrix, s, d_in] {WHOLE}"
         f"factors: {{{ONES}, B: {{init: zeros}}, C: {{init: zeros}}}}\n",
     ),
+    "W by its magnitude": (
+        "[query, value]",
+        "rank: 3\nscale: 0.25\nstart: nonzero\n"
+        "update: m[matrix, layer, d_out] * B[matrix, layer, d_out, r] * A[layer, r, d_in] "
+        "+ m[matrix, layer, d_out] * W[d_out, d_in]\n"
+        "factors: {m: {norm: true}, B: {init: zeros}}\n",
+    ),
+    "W alone": (
+        "[query, value]",
+        f"update: m[matrix, layer, d_out] * W[d_out, d_in] - one * W[d_out, d_in]\nfactors: {{{ONES}}}\n",
+    ),
     "an outer product": (
         "[query, value]",
         f"update: m[matrix, layer, d_out] * u[matrix, layer, d_out] * v[layer, d_in] {WHOLE}"

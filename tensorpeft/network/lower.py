@@ -46,7 +46,8 @@ def lower(spec: Spec, model: ModelShape, saved: Mapping[str, np.ndarray] | None 
     stacks = {name: site_classes(spec, members) for name, members in by_stack(sites).items()}
     for placed in stacks.values():
         check_experts(spec, placed)
-    spec, scores = fitted(spec, model, tuple(stacks.values())), Scores(spec)
+    scores = Scores(spec, readable=saved is None)
+    spec = fitted(spec, model, tuple(stacks.values()), scores)
     blocks: list[Block] = []
     groups: list[Group] = []
     for name, placed in stacks.items():

@@ -79,17 +79,11 @@ def _network(
     saved: Mapping[str, np.ndarray] | None,
 ) -> tuple[list[Block], tuple[Group, ...]]:
     """The blocks and the groups of one stack."""
-    layouts = {
-        site_class: layout(spec, model, site_class)
-        for site_class in dict.fromkeys(site_class for _, site_class in placed)
-    }
+    layouts = {each: layout(spec, model, each) for each in dict.fromkeys(site_class for _, site_class in placed)}
     first: dict[object, SiteClass] = {}  # of those whose arithmetic comes to the same
-    same = {
-        site_class: first.setdefault((site_class.products, each.meaning), site_class)
-        for site_class, each in layouts.items()
-    }
+    same = {each: first.setdefault((each.products, found.meaning), each) for each, found in layouts.items()}
     placed = [(site, same[site_class]) for site, site_class in placed]
-    layouts = {site_class: layouts[site_class] for site_class in first.values()}
+    layouts = {each: layouts[each] for each in first.values()}
     storages = {}
     for name, _ in spec.factors:
         each = sharing_of(spec, name, layouts)

@@ -46,10 +46,11 @@ def n_trained(spec: Spec, model: ModelShape) -> int:
     stacks = tuple(site_classes(spec, members) for members in by_stack(sites).values())
     for placed in stacks:
         check_experts(spec, placed)
-    return _counter(spec, model, stacks)(fitted(spec, model, stacks))
+    scores = Scores(spec)
+    return _counter(spec, model, stacks, scores)(fitted(spec, model, stacks, scores))
 
 
-def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed]) -> Spec:
+def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Spec:
     """The spec with the largest ranks whose trained numbers are within its budget; itself where it has none.
 
     Raises:
@@ -57,7 +58,7 @@ def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed]) -> Spec:
     """
     if spec.budget is None:
         return spec
-    count = _counter(spec, model, stacks)
+    count = _counter(spec, model, stacks, scores)
     top = min(spec.budget, MAX_RANK)  # each step of the rank adds at least one number
     counts = _gallop(lambda rank: _count_if_sized(count, spec, rank), spec.budget, top)
     least = counts[1]
@@ -103,18 +104,17 @@ def _count_if_sized(count: Callable[[Spec], int], spec: Spec, rank: int) -> int 
         return None
 
 
-def _counter(spec: Spec, model: ModelShape, stacks: Sequence[Placed]) -> Callable[[Spec], int]:
+def _counter(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Callable[[Spec], int]:
     """A function that counts the trained numbers of the spec at other ranks; what ranks do not change is done once, here."""
-    counters = [_of_stack(spec, model, placed) for placed in stacks]
+    counters = [_of_stack(spec, model, placed, scores) for placed in stacks]
     return lambda sized: sum(count(sized) for count in counters)
 
 
-def _of_stack(spec: Spec, model: ModelShape, placed: Placed) -> Callable[[Spec], int]:
+def _of_stack(spec: Spec, model: ModelShape, placed: Placed, scores: Scores) -> Callable[[Spec], int]:
     present = tuple(dict.fromkeys(site_class for _, site_class in placed))
     uses = [sharing_of(spec, name, present) for name, _ in spec.factors]
     trained = [each for each in uses if not spec.factor(each.factor).frozen]
     shared = {each.factor: _shared(each, placed) for each in trained}
-    scores = Scores(spec)
 
     def count(sized: Spec) -> int:
         layouts = {site_class: layout(sized, model, site_class) for site_class in present}

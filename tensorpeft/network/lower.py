@@ -46,7 +46,8 @@ def lower(spec: Spec, model: ModelShape, saved: Mapping[str, np.ndarray] | None 
     stacks = {name: site_classes(spec, members) for name, members in by_stack(sites).items()}
     for placed in stacks.values():
         check_experts(spec, placed)
-    spec, scores = fitted(spec, model, tuple(stacks.values())), Scores(spec)
+    scores = Scores(spec, readable=saved is None)
+    spec = fitted(spec, model, tuple(stacks.values()), scores)
     blocks: list[Block] = []
     groups: list[Group] = []
     for name, placed in stacks.items():
@@ -78,17 +79,11 @@ def _network(
     saved: Mapping[str, np.ndarray] | None,
 ) -> tuple[list[Block], tuple[Group, ...]]:
     """The blocks and the groups of one stack."""
-    layouts = {
-        site_class: layout(spec, model, site_class)
-        for site_class in dict.fromkeys(site_class for _, site_class in placed)
-    }
+    layouts = {each: layout(spec, model, each) for each in dict.fromkeys(site_class for _, site_class in placed)}
     first: dict[object, SiteClass] = {}  # of those whose arithmetic comes to the same
-    same = {
-        site_class: first.setdefault((site_class.products, each.meaning), site_class)
-        for site_class, each in layouts.items()
-    }
+    same = {each: first.setdefault((each.products, found.meaning), each) for each, found in layouts.items()}
     placed = [(site, same[site_class]) for site, site_class in placed]
-    layouts = {site_class: layouts[site_class] for site_class in first.values()}
+    layouts = {each: layouts[each] for each in first.values()}
     storages = {}
     for name, _ in spec.factors:
         each = sharing_of(spec, name, layouts)

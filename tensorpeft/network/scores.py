@@ -19,18 +19,20 @@ from tensorpeft.network.mode_sizes import ModeLayout
 class Scores:
     """The arrays of a numpy archive, each read when a site asks for it. Nothing in it is ever executed.
 
-    Arrays stand under ``<matrix>.<layer>``, ``<matrix>.<layer>.<expert>`` or the path of the weight.
+    Arrays stand under ``<matrix>.<layer>``, ``<matrix>.<layer>.<expert>`` or the path of the weight. Of a spec that comes from a
+    checkpoint the file is not ``readable``: whoever wrote the checkpoint could name any file.
     """
 
-    def __init__(self, spec: Spec) -> None:
+    def __init__(self, spec: Spec, *, readable: bool = True) -> None:
+        self._readable = readable
         self._name = spec.scores or ""
+        if not readable:
+            return
         beside = Path(spec.source.name).parent / self._name if spec.source else Path(self._name)
         self._path = beside if beside.is_file() else Path(self._name)
 
-    def at(
-        self, site: Site, names: Sequence[str], layout: ModeLayout, rule: MaskRule
-    ) -> np.ndarray:  # shape: sizes of names
-        """The scores of a site over the grid of some modes: as they are, or summed over the rest of the weight's elements.
+    def at(self, site: Site, names: Sequence[str], layout: ModeLayout, rule: MaskRule) -> np.ndarray:
+        """The scores of a site over the grid of some modes, of their sizes: as they are, or sums of the weight's elements.
 
         Raises:
             SpecError: the file cannot be read, lacks the site, or has an array of another shape, or one that is not finite.
@@ -54,6 +56,8 @@ class Scores:
         return summed.transpose([left.index(atom) for atom in wanted]).reshape(shape)
 
     def _read(self, site: Site, rule: MaskRule) -> np.ndarray:  # shape: as it was saved
+        if not self._readable:
+            raise fail(f"the indices that `{rule.rule}` keeps are not saved", rule.span)
         labels = f"{site.matrix}.{site.layer}", f"{site.matrix}.{site.layer}.{site.expert}", site.path
         try:
             archive = np.load(self._path, allow_pickle=False)

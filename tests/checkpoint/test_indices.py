@@ -51,6 +51,19 @@ def test_it_loads_without_the_scores(tmp_path: Path) -> None:
     assert (tmp_path / names[0]).read_bytes() == (tmp_path / names[1]).read_bytes()
 
 
+def test_a_checkpoint_opens_no_other_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its spec names one; without the indices it would be read, and a pipe would never end."""
+    saved(tmp_path)
+    file = parts(tmp_path)
+    del file.tensors["mask.B"]
+    file.write(tmp_path)
+    opened = []
+    monkeypatch.setattr("numpy.load", lambda *given, **named: opened.append(given))
+    with pytest.raises(tp.CheckpointError, match=r"the indices that `top\(5\)` keeps are not saved"):
+        tp.load(model(), tmp_path)
+    assert opened == []
+
+
 DAMAGES = {
     "cut": (lambda t: t[:-1], "the saved indices of factor `B` are damaged, or of another model"),
     "descending": (lambda t: torch.cat([t[:1], t[1:6].flip(0), t[6:]]), "the saved indices of factor `B` are damaged"),

@@ -28,7 +28,7 @@ class _Known:
         if dtype != self.dtype or device != self.device:
             return False
         for own, name, weight, version, place in self.weights:
-            if own[name] is not weight or weight._version != version or weight.data_ptr() != place:
+            if name not in own or own[name] is not weight or weight._version != version or weight.data_ptr() != place:
                 return False
         return True
 

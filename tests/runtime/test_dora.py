@@ -172,19 +172,21 @@ def lengths(adapter: tp.Adapter, weight: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     "change",
     [
-        lambda weight: weight.mul_(2),
-        lambda weight: setattr(weight, "data", weight.detach().clone() * 2),
+        lambda weight, module: weight.mul_(2),
+        lambda weight, module: setattr(weight, "data", weight.detach().clone() * 2),
+        lambda weight, module: setattr(module, "weight", nn.Parameter(weight * 2)),
+        lambda weight, module: (delattr(module, "weight"), setattr(module, "weight", weight.detach() * 2)),
     ],
-    ids=["in place", "replaced"],
+    ids=["in place", "its data", "the parameter", "a plain tensor"],
 )
 def test_a_weight_that_changes_is_noticed(change: Any) -> None:
     base, adapter = prepared("lora", "llama")
-    x, weight = inputs("llama"), base.get_submodule("model.layers.0.self_attn.q_proj").weight
+    x, module = inputs("llama"), base.get_submodule("model.layers.0.self_attn.q_proj")
     with torch.no_grad():
         run(base, x)
-        change(weight)
+        change(module.weight, module)
         found = adapter.magnitudes.norms()["m_d_out64"][0, 0]
-        expected = lengths(adapter, weight)
+        expected = lengths(adapter, module.weight)
     assert (found - expected).norm() <= 1e-12 * expected.norm()
 
 

@@ -75,6 +75,11 @@ class BaseParameter:
         return self.parameter.detach() if self.own is None else self.own
 
     @property
+    def is_at_rest(self) -> bool:
+        """Whether nothing is added to it, and nothing half taken off."""
+        return not self.additions and self._written == ()
+
+    @property
     def was_changed(self) -> bool:
         """Whether somebody else has written to it since something was added."""
         return bool(self.additions) and self._written is not None and self.parameter._version != self._version

@@ -83,7 +83,7 @@ class State:
         self.working = self.is_enabled and self.merged is None
         self.trained.show(trained=not self.disabled_by)
         for held in self.held:
-            if held.entry.additions:
+            if not held.entry.is_at_rest:
                 held.entry.settle()
         for each in (self, *self.neighbours):
             alone = each.tells_biases and not any(other.is_enabled for other in each.neighbours)

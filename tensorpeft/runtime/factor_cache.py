@@ -94,7 +94,7 @@ class FactorCache:
     def __init__(self, program: Program, factors: Factors, norms: Norms | None, now: Pass) -> None:
         self.program, self.factors, self.norms, self.now = program, factors, norms, now
         self._places = [(factors.holder(name), name) for name in program.code.inputs]
-        self.forget()
+        self._made: dict[tuple[torch.dtype, torch.device, bool], _Made] = {}
 
     def end(self) -> None:
         """A pass is over. Only a backward pass may want its results again."""
@@ -110,7 +110,7 @@ class FactorCache:
 
     def forget(self) -> None:
         """Drop the results."""
-        self._made: dict[tuple[torch.dtype, torch.device, bool], _Made] = {}
+        self._made = {}
 
     def prepared(self, y: Tensor, grad: bool) -> Prepared:
         """The results for a dtype and a device, with gradients or without.

@@ -108,6 +108,21 @@ class State:
                 )
         if self.trained.paths:
             self.trained.follow()
+        for held in self.held:
+            here = held.owner._parameters
+            if held.name in here and here[held.name] is not held.entry.parameter:
+                self._follow(held, here[held.name])
+
+    def _follow(self, held: Held, now: nn.Parameter | None) -> None:
+        """The model has another parameter there, as ``load_state_dict(assign=True)`` leaves it."""
+        if now is None:
+            return
+        if held.entry.additions:
+            raise AdapterError(
+                f"`{held.path}` was replaced while an adapter was merged into it, so that update is in nothing now; "
+                "detach(keep_merged=True) lets go of it"
+            )
+        held.entry.move(now)
 
     def base_model(self) -> nn.Module:
         """The model that it is attached to.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import yaml
@@ -30,6 +31,7 @@ TEXTS = {
 }
 
 
+@cache
 def specs() -> dict[str, Spec]:
     found = {name: load_spec(name) for name in method_paths()}
     found.update({name: load_spec(HEAD + text) for name, text in TEXTS.items()})
@@ -44,8 +46,9 @@ def specs() -> dict[str, Spec]:
 def test_expanding_is_idempotent(name: str) -> None:
     spec = specs()[name]
     text = spec_text(spec)
-    assert load_spec(text) == spec
-    assert spec_text(load_spec(text)) == text
+    again = load_spec(text)
+    assert again == spec
+    assert spec_text(again) == text
     assert "structure" not in text
 
 
@@ -62,7 +65,8 @@ def test_other_yaml_readers_read_it_too(name: str) -> None:
 
 
 def test_the_text_is_the_same_in_another_process() -> None:
-    code = "import sys; from tensorpeft.language import load, text; print(text.spec_text(load.load_spec(sys.argv[1])), end='')"
+    code = "import sys; from tensorpeft.language import loader as l, printer as p; "
+    code += "print(p.spec_text(l.load_spec(sys.argv[1])), end='')"
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code, "vera"]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)

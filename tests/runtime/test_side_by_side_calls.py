@@ -189,7 +189,7 @@ def test_reentrant_checkpointing_sends_whole_gradients(update):
     adapter = move(model, tp.attach(model, spec(text, "layers.0", "layers.1", "layers.2")))
     found: dict[int, Tensor] = {}
 
-    def send(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    def send(state, bucket):
         found.update((id(p), g.clone()) for p, g in zip(bucket.parameters(), bucket.gradients(), strict=True))
         sent: torch.futures.Future[Tensor] = torch.futures.Future()
         sent.set_result(bucket.buffer())

@@ -38,8 +38,8 @@ FUNCTIONS = {
 def balanced(number: int, parts: int) -> list[int]:
     """Of all ways to write a number as a product of so many, ascending: in each step what is nearest to the even share.
 
-    ``d`` is nearer than ``e`` if the larger of d and the share is a smaller multiple of the other one: shares are compared exactly,
-    by powers, where production takes roots.
+    ``d`` is nearer than ``e`` if the larger of d and the share is a smaller multiple of the other one: compared exactly, by
+    powers, where production takes roots.
     """
     if parts < 2:
         return [number] * parts

@@ -14,6 +14,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from tensorpeft.version import __version__
+
 if TYPE_CHECKING:
     from tensorpeft.language.errors import AdapterError, CheckpointError, ModelError, SpecError, TensorpeftError
     from tensorpeft.language.loader import load_spec
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from tensorpeft.reporting.report import Report
     from tensorpeft.runtime.adapter import Adapter
 
-__version__ = "0.1.0"
 
 __all__ = [
     "Adapter",

@@ -1,12 +1,14 @@
 """The command line: one function per command.
 
 Exit codes: 0 done, 2 the user's input is wrong, 1 anything else.
+
+Each command imports what it needs where it needs it, since most of the time that a command takes is spent on imports: `--help`
+loads click alone, `check` the language, `report` what counts; torch is left to `explain`, which shows code.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from errno import EPIPE
@@ -17,25 +19,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from tensorpeft import __version__
+from tensorpeft.checkpoint.whole import write_whole
 from tensorpeft.language.errors import SpecError, TensorpeftError
-from tensorpeft.language.loader import load_spec
-from tensorpeft.language.overrides import parse_override
-from tensorpeft.language.printer import spec_text
-from tensorpeft.language.shipped import method_paths
-from tensorpeft.network.network import Network
-from tensorpeft.pipeline import front, shape_of
-from tensorpeft.reporting.comparison import Comparison
-from tensorpeft.reporting.counting import report_of
-from tensorpeft.reporting.page import Listing, Page
-from tensorpeft.reporting.sweep import cases, row
-from tensorpeft.reporting.sweep import sweep as swept
 
 if TYPE_CHECKING:
+    from tensorpeft.model.shape import ModelShape
+    from tensorpeft.network.network import Network
     from tensorpeft.planning.plan import Plan
+    from tensorpeft.reporting.page import Listing, Page
 
 _FORMATS = ("text", "json", "md", "html")
-_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9}
-_LARGEST_BUDGET = 10**12
 
 Command = Callable[..., None]
 T = TypeVar("T")
@@ -43,7 +36,7 @@ T = TypeVar("T")
 
 class _Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
-        """What this library refuses is the user's to mend: told without a traceback, exit code 2. So is a full disk, but 1."""
+        """Tell an error without a traceback: exit code 2 for what this library refuses, 1 for the system's (a full disk)."""
         try:
             return super().invoke(ctx)
         except TensorpeftError as refusal:
@@ -61,14 +54,13 @@ def _budgets(ctx: click.Context, param: click.Parameter, given: str | None) -> t
 
 
 def _budget(given: str) -> int:
-    digits, unit = (given[:-1], _UNITS[given[-1].lower()]) if given[-1:].lower() in _UNITS else (given, 1)
+    from tensorpeft.language.nodes import literal
+    from tensorpeft.language.reader import parse_budget
+
     try:
-        number = round(float(digits) * unit)
-    except (ValueError, OverflowError):
-        number = 0
-    if not 1 <= number <= _LARGEST_BUDGET:
-        raise click.BadParameter(f"{given!r} is not a number of parameters, such as 20000, 20k or 2.5M.")
-    return number
+        return parse_budget(literal(given))
+    except SpecError:
+        raise click.BadParameter(f"{given!r} is not a number of parameters, such as 20000, 20k or 2.5M.") from None
 
 
 _specs = click.argument("specs", metavar="SPEC...", nargs=-1, required=True)
@@ -127,6 +119,8 @@ def check(specs: Sequence[str], form: str) -> None:
 
 
 def _refusal(spec: str) -> SpecError | None:
+    from tensorpeft.language.loader import load_spec
+
     try:
         load_spec(spec)
     except SpecError as refusal:
@@ -150,7 +144,9 @@ def expand(spec: str) -> None:
 
     A shorthand becomes the update that it stands for; every default is told.
     """
-    click.echo(spec_text(load_spec(spec)), nl=False)
+    from tensorpeft.language.loader import load_spec
+
+    click.echo(str(load_spec(spec)), nl=False)
 
 
 @main.command()
@@ -163,10 +159,15 @@ def report(specs: Sequence[str], model: str, settings: Sequence[str], form: str,
 
     One spec gives its whole report; several specs, or several values, a table with a row each.
     """
+    from tensorpeft.pipeline import shape_of
+    from tensorpeft.reporting.comparison import Comparison
+    from tensorpeft.reporting.counting import report_of
+    from tensorpeft.reporting.sweep import row
+
     shape = shape_of(model)
     given = list(product(specs, _choices(settings)))
     if len(given) == 1:
-        plan = front(load_spec(specs[0], *map(parse_override, given[0][1])), shape)
+        plan = _planned(specs[0], given[0][1], shape)
         _deliver(report_of(plan), form, output, plan.network)
     else:
         _deliver(Comparison(tuple(row(spec, chosen, shape) for spec, chosen in _watched(given))), form, output)
@@ -196,6 +197,11 @@ def sweep(
         raise click.UsageError("Give --set or --budget.")
     if budgets and any(setting.partition("=")[0].partition(".")[0] == "rank" for setting in settings):
         raise click.UsageError("--budget finds the rank; leave it out of --set.")
+    from tensorpeft.language.shipped import method_paths
+    from tensorpeft.pipeline import shape_of
+    from tensorpeft.reporting.sweep import cases
+    from tensorpeft.reporting.sweep import sweep as swept
+
     given = cases(specs or tuple(method_paths()), _choices(settings), budgets)
     found = swept(_watched(given), shape_of(model))
     if not found.rows:
@@ -224,9 +230,10 @@ def explain(spec: str, model: str, settings: Sequence[str], form: str, output: P
 
     As text, JSON, Markdown or HTML; the network alone as a picture: `-o FILE.svg`.
     """
+    from tensorpeft.pipeline import shape_of
     from tensorpeft.reporting.explanation import explanation
 
-    plan = front(load_spec(spec, *map(parse_override, settings)), shape_of(model))
+    plan = _planned(spec, settings, shape_of(model))
     code: tuple[Listing, ...] = ()
     if form != "svg":
         try:
@@ -238,9 +245,19 @@ def explain(spec: str, model: str, settings: Sequence[str], form: str, output: P
     _deliver(explanation(plan, code), form, output, plan.network)
 
 
+def _planned(spec: str, settings: Iterable[str], shape: ModelShape) -> Plan:
+    """The plan of a spec with some of its keys set."""
+    from tensorpeft.language.loader import load_spec
+    from tensorpeft.language.overrides import parse_override
+    from tensorpeft.pipeline import front
+
+    return front(load_spec(spec, *map(parse_override, settings)), shape)
+
+
 def _code(plan: Plan) -> Iterator[Listing]:
     """The emitted functions: the prologue, and those of every kind of input set."""
     from tensorpeft.emission.emit import emit
+    from tensorpeft.reporting.page import Listing
 
     yield from (Listing(title, code) for title, code in emit(plan).listings())
 
@@ -296,9 +313,4 @@ def _write(path: Path, content: str) -> None:
     if path.exists() and not path.is_file():
         path.write_text(content, encoding="utf-8")
         return
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        draft.write_text(content, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    write_whole(path, content.encode())

@@ -82,8 +82,8 @@ def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = No
         ModelError: the model cannot be read.
         AdapterError: the model already has an adapter of that name, or has no weights yet.
     """
+    from tensorpeft.checkpoint.compatibility import check_factors, check_sites
     from tensorpeft.checkpoint.files import blamed_on, read
-    from tensorpeft.checkpoint.fit import check_factors, check_sites
     from tensorpeft.runtime.attach import attach_plan
     from tensorpeft.runtime.saving import restored
     from tensorpeft.scanning.scan import scan
@@ -101,7 +101,7 @@ def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = No
 def report(
     spec: Spec | str | Path, model: ModelShape | nn.Module | str | Path | dict[str, Any], *, regime: Regime = Regime()
 ) -> Report:
-    """What a spec costs on a model: exact counts, bytes, FLOPs, the rank of LoRA that could stand for it.
+    """Count a spec on a model: exact counts, bytes, FLOPs, the rank of LoRA that could stand for it.
 
     Args:
         spec: a spec, a catalogue name, a path, or YAML text.

@@ -123,9 +123,9 @@ def randomise(adapter: nn.Module, std: float = 0.3, seed: int = 2) -> None:
     generator = torch.Generator().manual_seed(seed)
     for parameter in adapter.factors.parameters():
         parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
-    for path, base in adapter.extras.base.items():  # a norm of the model stays one
+    for path, base in adapter.trained_base.base.items():  # a norm of the model stays one
         moved = torch.randn(base.shape, generator=generator, dtype=torch.float64) * min(std, 0.3)
-        adapter.extras[path].copy_(base + moved)
+        adapter.trained_base[path].copy_(base + moved)
 
 
 def weight_at(model: nn.Module, path: str) -> Tensor:
@@ -141,7 +141,7 @@ def enliven(adapter: nn.Module, seed: int = 2) -> None:
         randomise(adapter, seed=seed)
         return
     path, task = adapter.sites[0].path, 0 if adapter.spec.tasks else None
-    weight = weight_at(adapter.attachment.model, path).float().norm()
+    weight = weight_at(adapter.model, path).float().norm()
     std = 0.3
     for _ in range(12):
         randomise(adapter, std, seed)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from xml.etree import ElementTree
@@ -11,6 +13,7 @@ from xml.etree import ElementTree
 import pytest
 from click.testing import CliRunner, Result
 
+from tensorpeft import cli
 from tensorpeft.cli import main
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.loader import load_spec
@@ -126,6 +129,8 @@ def test_refusals(update_golden, tmp_path, monkeypatch):
         (["sweep", "lora", "--model", "llama-2-7b", "--budget", "10q"], "'10q' is not a number of parameters"),
         (["sweep", "lora", "--model", "llama-2-7b", "--budget", "10k,"], "'' is not a number of parameters"),
         (["sweep", "lora", "--model", "llama-2-7b", "--budget", "inf"], "'inf' is not a number of parameters"),
+        (["sweep", "lora", "--model", "llama-2-7b", "--budget", "2.5"], "'2.5' is not a number of parameters"),
+        (["sweep", "lora", "--model", "llama-2-7b", "--budget", "1e4"], "'1e4' is not a number of parameters"),
         (["sweep", "lora", "--model", "llama-2-7b", "--budget", "-3"], "'-3' is not a number of parameters"),
     ],
 )
@@ -284,7 +289,7 @@ def test_explain():
     assert re.search(
         r"# at 12 inputs like that of .*q_proj, .*k_proj, .*v_proj: what its sites .*\ndef forward\(x, ", shown
     )
-    assert shown.count("def landing(y, ") == 4
+    assert shown.count("def epilogue(y, ") == 4
     assert shown.count("def backward(g0, ") == 2
 
 
@@ -395,3 +400,30 @@ def test_a_config_file_is_a_model(tmp_path):
     path.write_text(json.dumps(config), encoding="utf-8")
     found = json.loads(done("report", "lora", "--model", str(path), "--format", "json"))
     assert found["trainable"] == 2 * 2 * 8 * (64 + 64)
+
+
+# that take long to import, and who needs them
+HEAVY = {"lark", "jsonschema", "yaml", "numpy", "networkx", "opt_einsum", "tabulate", "safetensors", "torch"}
+READS = {"lark", "jsonschema", "yaml"}
+
+
+@pytest.mark.parametrize(
+    ("command", "needs"),
+    [
+        ("--help", set()),
+        ("--version", set()),
+        ("report --help", set()),
+        ("check lorta", READS),
+        ("expand lorta", READS),
+        ("report lorta --model llama-3-70b", HEAVY - {"safetensors", "torch"}),
+        ("report lorta --model llama-3-70b --format json", HEAVY - {"tabulate", "safetensors", "torch"}),
+        ("catalogue --format json", READS | {"numpy"}),
+    ],
+)
+def test_a_command_imports_what_it_needs(command, needs):
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    run = [sys.executable, "-X", "importtime", "-m", "tensorpeft", *command.split()]
+    told = subprocess.run(run, capture_output=True, text=True, check=True, env=environment).stderr
+    imported = {line.rpartition("|")[2].strip() for line in told.splitlines()}
+    assert {"click", "tensorpeft.cli"} <= imported
+    assert HEAVY & imported == needs

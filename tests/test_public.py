@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import doctest
 import json
 import subprocess
 import sys
 import tomllib
 from errno import ENOSPC
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,20 @@ def test_report_stays_the_function(imports):
 
 def test_the_version_is_that_of_the_project():
     assert tensorpeft.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+
+
+MODULES = [
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in sorted((ROOT / "tensorpeft").rglob("*.py"))
+    if ">>> " in path.read_text(encoding="utf-8")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_in_docstrings(name):
+    failed, tried = doctest.testmod(import_module(name))
+    assert tried
+    assert not failed
 
 
 def without_torch(*command: str) -> str:

@@ -6,13 +6,11 @@ pickle, no name that is imported or looked up, and each tensor is held to the sh
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from secrets import token_hex
 
 import numpy as np
 import torch
@@ -21,6 +19,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor, header_text, parse_header
+from tensorpeft.checkpoint.whole import write_whole
 from tensorpeft.language.errors import CheckpointError, SpecError, did_you_mean, listing
 
 FILE = "adapter.safetensors"
@@ -30,7 +29,7 @@ _KEY = "tensorpeft"  # the one entry of the file's metadata: safetensors writes 
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file holds. The tensors are those of the stored factors, on the CPU.
+    """The content of a file. The tensors are those of the stored factors, on the CPU.
 
     ``indices`` are what masks keep of some factors, where the spec alone does not tell it (``network.mask_packing.indices``).
     """
@@ -52,20 +51,12 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     masks = {_MASK + name: torch.from_numpy(kept) for name, kept in (indices or {}).items()}
     content = serialise({**tensors, **masks}, {_KEY: header_text(header)})
-    temporary = folder / f".{FILE}.{token_hex(8)}"
-    try:
-        with temporary.open("xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / FILE)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(folder / FILE, content)
     return folder / FILE
 
 
 def read(folder: Path) -> Saved:
-    """What ``folder/adapter.safetensors`` holds: whole, undamaged, and of finite numbers.
+    """Read ``folder/adapter.safetensors``, if it is whole, undamaged, and of finite numbers.
 
     Raises:
         CheckpointError: there is none, or it is not that.
@@ -152,7 +143,7 @@ def _tensor(file: safe_open, name: str, factor: SavedFactor) -> Tensor:
 
 
 def _indices(file: safe_open, key: str) -> np.ndarray:
-    """What masks keep of a factor; whether that is what it was, its mask's digest tells."""
+    """The kept indices of a masked factor; they are held to the digest of its mask later, by ``compatibility``."""
     place = file.get_slice(key)
     if place.get_dtype() != "I64" or len(place.get_shape()) != 1:
         found = f"{place.get_dtype()} of shape {tuple(place.get_shape())}"

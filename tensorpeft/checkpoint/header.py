@@ -1,4 +1,4 @@
-"""What a file says beside its tensors: a value, and its canonical text.
+"""The header of a file, all that it says beside its tensors: a value, and its canonical text.
 
 The text is JSON with sorted keys and without spaces, so that equal headers have equal bytes. It holds its own SHA-256,
 so that no part of it, the spec's text least of all, can be changed by accident and still be believed.
@@ -43,7 +43,7 @@ class Header:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the sites, as ``model.target.fingerprint`` gives it for those of a model."""
+        """SHA-256 of the sites in order, in hexadecimal."""
         return sha256(_canonical(self.sites).encode()).hexdigest()
 
 
@@ -128,7 +128,7 @@ def _closed(description: str, **properties: dict[str, Any]) -> dict[str, Any]:
 
 
 _TEXT = {"type": "string", "maxLength": 256, "description": "a text of at most 256 characters"}
-_DIGEST = {"type": "string", "pattern": "^[0-9a-f]{64}$", "description": "a SHA-256 in hexadecimal"}
+_DIGEST = {"type": "string", "pattern": r"^[0-9a-f]{64}\Z", "description": "a SHA-256 in hexadecimal"}
 _SIZE = {"type": "integer", "minimum": 1, "maximum": 2**48, "description": "a size, a whole number from 1"}
 _LAYER = {"type": "integer", "minimum": 0, "maximum": 2**31, "description": "the number of a layer"}
 _EXPERT = {"type": "integer", "minimum": 0, "maximum": 2**31, "description": "the number of an expert"}
@@ -145,7 +145,11 @@ _FACTOR = _closed(
     shape={"type": "array", "items": _SIZE, "maxItems": 64, "description": "a list of sizes"},
     sha256=_DIGEST,
     stored={"type": "boolean", "description": "true or false"},
-    mask={"type": ["string", "null"], "pattern": "^[0-9a-f]{64}$", "description": "a SHA-256 in hexadecimal, or null"},
+    mask={
+        "type": ["string", "null"],
+        "pattern": r"^[0-9a-f]{64}\Z",
+        "description": "a SHA-256 in hexadecimal, or null",
+    },
 )
 _SCHEMA = _closed(
     "the header of an adapter",
@@ -163,7 +167,7 @@ _SCHEMA = _closed(
         "additionalProperties": _FACTOR,
         "minProperties": 1,
         "propertyNames": {
-            "pattern": r"^([A-Za-z_][A-Za-z0-9_]*|base\..+)$",
+            "pattern": r"^([A-Za-z_][A-Za-z0-9_]*|base\..+)\Z",
             "description": "names of factors, or `base.` and the path of a parameter",
         },
         "description": "a mapping from factors to what is known of them",

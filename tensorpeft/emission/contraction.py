@@ -22,37 +22,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from tensorpeft.emission import ops
+from tensorpeft.emission.named_tensor import Modes, NamedTensor, one_site
 from tensorpeft.planning.chain import SITE
 from tensorpeft.planning.orders import TOKEN
-
-Modes = tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Named:
-    """A tensor of emitted code. Its axes lie in memory in their order; each is one mode or several, the first the slowest.
-
-    Behind an axis of ``gaps`` memory jumps, so that it cannot be merged with the next one without a copy.
-    """
-
-    node: fx.Node
-    axes: tuple[Modes, ...]
-    gaps: frozenset[int] = frozenset()
-
-    @property
-    def modes(self) -> Modes:
-        return tuple(mode for axis in self.axes for mode in axis)
-
-    @property
-    def cuts(self) -> frozenset[int]:
-        """The positions among the modes before which memory jumps."""
-        return frozenset(sum(len(axis) for axis in self.axes[: n + 1]) for n in self.gaps)
 
 
 @dataclass(frozen=True)
 class _Roles:
-    """What the modes of two tensors do in a contraction."""
+    """The roles of two tensors' modes in a contraction."""
 
     batch: Modes
     left: Modes
@@ -60,24 +37,24 @@ class _Roles:
     summed: Modes
 
 
-class Sizes(dict[str, "int | fx.Node"]):
-    """The sizes of modes; it remembers which of a strand's were asked for."""
+class ModeSizes(dict[str, "int | fx.Node"]):
+    """The sizes of modes; it remembers which of a chain's were asked for."""
 
     def __init__(self, known: Mapping[str, int | fx.Node]) -> None:
         super().__init__(known)
-        self.read: dict[tuple[int, str], int] = {}  # by the number of the strand
-        self._of_strand: dict[str, int] = {}
+        self.read: dict[tuple[int, str], int] = {}  # by the number of the chain
+        self._of_chain: dict[str, int] = {}
 
     def use(self, number: int, sizes: Iterable[tuple[str, int]]) -> None:
-        """Let modes have a strand's sizes."""
+        """Let modes have a chain's sizes."""
         for mode, size in sizes:
             self[mode] = size
-            self._of_strand[mode] = number
+            self._of_chain[mode] = number
 
     def __getitem__(self, mode: str) -> int | fx.Node:
         size = super().__getitem__(mode)
-        if mode in self._of_strand and isinstance(size, int):
-            self.read[self._of_strand[mode], mode] = size
+        if mode in self._of_chain and isinstance(size, int):
+            self.read[self._of_chain[mode], mode] = size
         return size
 
 
@@ -86,7 +63,7 @@ class Code:
 
     def __init__(self, sizes: Mapping[str, int | fx.Node] | None = None) -> None:
         self.graph = fx.Graph()
-        self.sizes = Sizes(sizes or {})
+        self.sizes = ModeSizes(sizes or {})
         self.tokens: tuple[fx.Node, int] | None = None  # a tensor, and its axis that tells how many there are
         self._views: dict[tuple[object, ...], fx.Node] = {}
 
@@ -110,33 +87,34 @@ class Code:
 
     # Views
 
-    def view(self, tensor: Named, groups: Sequence[Modes]) -> fx.Node | None:
+    def view(self, tensor: NamedTensor, groups: Sequence[Modes]) -> fx.Node | None:
         """The tensor with these axes, as a view; None where that takes a copy."""
         groups = tuple(groups)
         if groups == tensor.axes:
             return tensor.node
-        at = [self._run(tensor, group) for group in groups]
+        at = [self._start(tensor, group) for group in groups]
         if None in at:
             return None
         order = sorted(range(len(groups)), key=lambda n: at[n] or 0)
         node = self._split(tensor, tuple(groups[n] for n in order))
         return self._permute(node, [order.index(n) for n in range(len(groups))])
 
-    def grouped(self, tensor: Named, groups: Sequence[Modes]) -> fx.Node:
+    def grouped(self, tensor: NamedTensor, groups: Sequence[Modes]) -> fx.Node:
         """The tensor with these axes; a copy where they do not lie in memory like this."""
         groups = tuple(groups)
         found = self.view(tensor, groups)
         if found is not None:
             return found
         single = tuple((mode,) for mode in tensor.modes)
-        wanted = [mode for group in groups for mode in group]
-        node = self._permute(self._split(tensor, single), [tensor.modes.index(mode) for mode in wanted])
-        return self.once("reshape", node, self._shape(groups))
+        order = [tensor.modes.index(mode) for group in groups for mode in group]
+        if order == list(range(len(order))):
+            return self.once("reshape", tensor.node, self._shape(groups))
+        return self.once("reshape", self._permute(self._split(tensor, single), order), self._shape(groups))
 
-    def regrouped(self, tensor: Named, groups: Sequence[Modes]) -> Named:
+    def regrouped(self, tensor: NamedTensor, groups: Sequence[Modes]) -> NamedTensor:
         """The same, and where memory jumps in it: behind every axis, if it is a view in another order."""
         groups = tuple(groups)
-        at = [self._run(tensor, group) for group in groups]
+        at = [self._start(tensor, group) for group in groups]
         ends = [tensor.modes.index(group[-1]) + 1 for group in groups]
         if None in at:
             gaps: Iterable[int] = ()
@@ -144,33 +122,36 @@ class Code:
             gaps = (n for n, end in enumerate(ends) if end in tensor.cuts)
         else:
             gaps = range(len(groups) - 1)
-        return Named(self.grouped(tensor, groups), groups, frozenset(gaps))
+        return NamedTensor(self.grouped(tensor, groups), groups, frozenset(gaps))
 
-    def arranged(self, a: Named, b: Named, keep: Iterable[str], *, each_site: bool = False) -> Named:
+    def arranged(self, a: NamedTensor, b: NamedTensor, keep: Iterable[str], *, each_site: bool = False) -> NamedTensor:
         """The tensor ``a``, copied if it does not lie in memory like its product with ``b`` wants it (at each site by itself)."""
         x, y = (one_site(a), one_site(b)) if each_site else (a, b)
         roles = self._roles(x, y, frozenset(keep))
         groups = tuple(group for group in (roles.batch, roles.left, roles.summed) if group)
-        if not roles.summed or self._by_sum(x, roles) or all(self._run(x, group) is not None for group in groups):
+        if not roles.summed or self._by_sum(x, roles) or all(self._start(x, group) is not None for group in groups):
             return a
         if each_site and SITE in a.modes:
             groups = ((SITE,), *groups)
         return self.regrouped(a, groups)
 
-    def _run(self, tensor: Named, group: Modes) -> int | None:
+    def _start(self, tensor: NamedTensor, group: Modes) -> int | None:
         """Where a group of modes lies in memory, if its modes lie there one after the other."""
         start = tensor.modes.index(group[0])
         inside = range(start + 1, start + len(group))
         together = tensor.modes[start : start + len(group)] == group and not tensor.cuts.intersection(inside)
         return start if together else None
 
-    def _split(self, tensor: Named, axes: tuple[Modes, ...]) -> fx.Node:
+    def _split(self, tensor: NamedTensor, axes: tuple[Modes, ...]) -> fx.Node:
         return tensor.node if axes == tensor.axes else self.once("view", tensor.node, self._shape(axes))
 
     def _permute(self, node: fx.Node, order: list[int]) -> fx.Node:
-        if order == list(range(len(order))):
+        n = len(order)
+        if order == list(range(n)):
             return node
-        return self.once("t", node) if order == [1, 0] else self.once("permute", node, tuple(order))
+        if order[-2:] == [n - 1, n - 2] and order[:-2] == list(range(n - 2)):  # an attribute costs no call
+            return self.once(getattr, node, "T" if n == 2 else "mT")
+        return self.once("permute", node, tuple(order))
 
     def once(self, function: Any, node: fx.Node, *args: Any) -> fx.Node:
         """A call whose result is the same wherever it is needed: a view, or a copy that nobody changes."""
@@ -195,37 +176,45 @@ class Code:
 
     # Contractions
 
-    def contract(self, a: Named, b: Named, keep: Iterable[str], alpha: float = 1) -> Named:
+    def contract(self, a: NamedTensor, b: NamedTensor, keep: Iterable[str], alpha: float = 1) -> NamedTensor:
         """``alpha`` times the product of two tensors, summed over the modes that are not kept."""
         roles = self._roles(a, b, frozenset(keep))
         if not roles.summed or self._by_sum(a, roles):
             return self._elementwise(a, b, roles, alpha)
         x, y = self._matrices(a, b, roles)
         if roles.batch:
-            node = self.call(torch.bmm, x, y) if alpha == 1 else self.call(ops.scaled_bmm, x, y, alpha)
+            node = self._product(torch.bmm, torch.baddbmm, x, y, alpha)
         else:
-            node = self.call(torch.mm, x, y) if alpha == 1 else self.call(ops.scaled_mm, x, y, alpha)
+            node = self._product(torch.mm, torch.addmm, x, y, alpha)
         groups = (*((roles.batch,) if roles.batch else ()), roles.left, roles.right)
         for n in reversed([n for n, group in enumerate(groups) if not group]):
-            node = self.call("squeeze", node, n)
-        return Named(node, tuple(group for group in groups if group))
+            node = self.call(operator.getitem, node, 0) if n == 0 else self.call("squeeze", node, n)
+        return NamedTensor(node, tuple(group for group in groups if group))
 
-    def add(self, into: Named, a: Named, b: Named, alpha: float = 1) -> bool:
+    def _product(self, plain: Any, scaled: Any, x: fx.Node, y: fx.Node, alpha: float) -> fx.Node:
+        """``alpha`` times a product of matrices in one kernel: what is scaled is added to nothing."""
+        if alpha == 1:
+            return self.call(plain, x, y)
+        return self.call(scaled, self.call("new_empty", x, ()), x, y, beta=0, alpha=alpha)
+
+    def add(self, into: NamedTensor, a: NamedTensor, b: NamedTensor, alpha: float = 1) -> bool:
         """Add ``alpha`` times a product to ``into``, in its memory, in one kernel; False, and nothing done, if none can."""
         return self._into(into, a, b, alpha, keep=True)
 
-    def accumulate(self, into: Named, a: Named, b: Named, alpha: float = 1, *, keep: bool = True) -> None:
+    def accumulate(
+        self, into: NamedTensor, a: NamedTensor, b: NamedTensor, alpha: float = 1, *, keep: bool = True
+    ) -> None:
         """``add`` in two kernels where one cannot. Without ``keep`` what ``into`` held before is lost."""
         if not self._into(into, a, b, alpha, keep=keep):
             self.put(into, self.contract(a, b, into.modes, alpha), keep=keep)
 
-    def put(self, into: Named, found: Named, *, keep: bool = True) -> None:
+    def put(self, into: NamedTensor, found: NamedTensor, *, keep: bool = True) -> None:
         """Add a tensor to another one, in the memory of that one, or overwrite it."""
         target = self.view(into, found.axes)
         source = found.node if target is not None else self.grouped(found, into.axes)
         self.call("add_" if keep else "copy_", into.node if target is None else target, source)
 
-    def _into(self, into: Named, a: Named, b: Named, alpha: float, *, keep: bool) -> bool:
+    def _into(self, into: NamedTensor, a: NamedTensor, b: NamedTensor, alpha: float, *, keep: bool) -> bool:
         roles = self._roles(a, b, frozenset(into.modes))
         if not roles.summed:
             segments = self._segments(a, b, self._order(a, roles))
@@ -251,7 +240,7 @@ class Code:
             self.call(function, target, x, y, beta=0, alpha=alpha, out=target)
         return True
 
-    def _roles(self, a: Named, b: Named, keep: frozenset[str]) -> _Roles:
+    def _roles(self, a: NamedTensor, b: NamedTensor, keep: frozenset[str]) -> _Roles:
         """The modes of each role, in a's order unless b's saves a copy."""
         left, right = (tuple(m for m in one.modes if m not in other.modes) for one, other in ((a, b), (b, a)))
         both = {*a.modes}.intersection(b.modes)
@@ -263,51 +252,64 @@ class Code:
             found.append(_Roles(batch, left, right, summed))
         return min(found, key=lambda roles: self._copies(a, b, roles))
 
-    def _copies(self, a: Named, b: Named, roles: _Roles) -> int:
+    def _copies(self, a: NamedTensor, b: NamedTensor, roles: _Roles) -> int:
         """How many copies a contraction takes; those of activations, which are larger, count twice."""
         needed = ((a, (roles.batch, roles.left, roles.summed)), (b, (roles.batch, roles.summed, roles.right)))
         return sum(
             1 + (TOKEN in tensor.modes)
             for tensor, groups in needed
-            if any(group and self._run(tensor, group) is None for group in groups)
+            if any(group and self._start(tensor, group) is None for group in groups)
         )
 
-    def _by_sum(self, a: Named, roles: _Roles) -> bool:
+    def _by_sum(self, a: NamedTensor, roles: _Roles) -> bool:
         """Whether to multiply and then sum: there is no matrix in it, or only vectors that lie across memory."""
         if not (roles.left or roles.right):
             return True
         return bool(roles.batch) and not (roles.left and roles.right) and a.modes[-1] in roles.batch
 
-    def _matrices(self, a: Named, b: Named, roles: _Roles) -> tuple[fx.Node, fx.Node]:
+    def _matrices(self, a: NamedTensor, b: NamedTensor, roles: _Roles) -> tuple[fx.Node, fx.Node]:
         lead = (roles.batch,) if roles.batch else ()
         return self._matrix(a, (*lead, roles.left, roles.summed)), self._matrix(b, (*lead, roles.summed, roles.right))
 
-    def _matrix(self, tensor: Named, groups: tuple[Modes, ...]) -> fx.Node:
+    def _matrix(self, tensor: NamedTensor, groups: tuple[Modes, ...]) -> fx.Node:
         node = self.grouped(tensor, tuple(group for group in groups if group))
         for n, group in enumerate(groups):
             if not group:
-                node = self.once("unsqueeze", node, n)
+                node = self._unsqueezed(node, n)
         return node
 
-    def _elementwise(self, a: Named, b: Named, roles: _Roles, alpha: float) -> Named:
+    def _unsqueezed(self, node: fx.Node, axis: int) -> fx.Node:
+        return self.once(operator.getitem, node, None) if axis == 0 else self.once("unsqueeze", node, axis)
+
+    def _elementwise(self, a: NamedTensor, b: NamedTensor, roles: _Roles, alpha: float) -> NamedTensor:
         """The product with broadcasting, summed where something is."""
         segments = self._segments(a, b, self._order(a, roles), frozenset(roles.summed))
         small, large = (a, b) if len(a.modes) < len(b.modes) else (b, a)
         right = self._aligned(small, segments)
         if alpha != 1:
-            right = self.call(torch.mul, right, alpha)
-        node = self.call(ops.mul, self._aligned(large, segments), right)
-        if not roles.summed:
-            return Named(node, segments)
+            right = self.call(operator.mul, right, alpha)
+        node = self.call(operator.mul, self._aligned(large, segments), right)
         summed = tuple(n for n, segment in enumerate(segments) if segment[0] in roles.summed)
-        return Named(self.call("sum", node, summed), tuple(s for n, s in enumerate(segments) if n not in summed))
+        if summed:
+            node = self.call("sum", node, summed)
+        axes = tuple(segment for n, segment in enumerate(segments) if n not in summed)
+        if len(axes) > 1 and not (self._in_order(a, segments) and self._in_order(b, segments)):
+            node = self.call("contiguous", node)  # a product lies in memory like its factors
+        return NamedTensor(node, axes)
 
-    def _order(self, a: Named, roles: _Roles) -> Modes:
+    def _in_order(self, tensor: NamedTensor, segments: tuple[Modes, ...]) -> bool:
+        """Whether a tensor is known to lie in memory in the order of these axes, but for those that it lacks."""
+        starts = [tensor.modes.index(segment[0]) for segment in segments if segment[0] in tensor.modes]
+        return not tensor.gaps and starts == sorted(starts)
+
+    def _order(self, a: NamedTensor, roles: _Roles) -> Modes:
         """The modes of a product: a's, with b's own behind them; which of several sites it is comes first."""
         order = (*a.modes, *roles.right)
         return (SITE, *(mode for mode in order if mode != SITE)) if SITE in roles.right else order
 
-    def _segments(self, a: Named, b: Named, order: Modes, apart: frozenset[str] = frozenset()) -> tuple[Modes, ...]:
+    def _segments(
+        self, a: NamedTensor, b: NamedTensor, order: Modes, apart: frozenset[str] = frozenset()
+    ) -> tuple[Modes, ...]:
         """The modes of a product in runs that each tensor has as one axis or lacks."""
         runs: list[Modes] = []
         for mode in order:
@@ -317,26 +319,26 @@ class Code:
                 runs.append((mode,))
         return tuple(runs)
 
-    def _same(self, run: Modes, mode: str, a: Named, b: Named, apart: frozenset[str]) -> bool:
+    def _same(self, run: Modes, mode: str, a: NamedTensor, b: NamedTensor, apart: frozenset[str]) -> bool:
         if (mode in apart) != (run[-1] in apart):
             return False
         held = [tensor for tensor in (a, b) if mode in tensor.modes]
         if held != [tensor for tensor in (a, b) if run[-1] in tensor.modes]:
             return False
-        return all(self._run(tensor, (*run, mode)) is not None for tensor in held)
+        return all(self._start(tensor, (*run, mode)) is not None for tensor in held)
 
-    def _aligned(self, tensor: Named, segments: tuple[Modes, ...]) -> fx.Node:
+    def _aligned(self, tensor: NamedTensor, segments: tuple[Modes, ...]) -> fx.Node:
         """The tensor over the segments, of size 1 in those that it lacks; broadcasting sees to those before its first."""
         mine = tuple(segment for segment in segments if segment[0] in tensor.modes)
         node = self.grouped(tensor, mine)
         for n, segment in enumerate(segments[segments.index(mine[0]) :] if mine else ()):
             if segment not in mine:
-                node = self.once("unsqueeze", node, n)
+                node = self._unsqueezed(node, n)
         return node
 
     # Parts of a tensor
 
-    def member(self, tensor: Named, number: int) -> Named:
+    def member(self, tensor: NamedTensor, number: int) -> NamedTensor:
         """One site's part of a tensor of several sites; the tensor itself if it has no such mode."""
         at = next((n for n, axis in enumerate(tensor.axes) if SITE in axis), None)
         if at is None:
@@ -348,30 +350,20 @@ class Code:
             return replace(one_site(tensor), node=self.once("narrow", tensor.node, at, number * width, width))
         parts = (axis[: axis.index(SITE)], (SITE,), axis[axis.index(SITE) + 1 :])
         whole = (*tensor.axes[:at], *(part for part in parts if part), *tensor.axes[at + 1 :])
-        return replace(
-            one_site(tensor), node=self.once("select", self._split(tensor, whole), whole.index((SITE,)), number)
-        )
+        node, axis_of_sites = self._split(tensor, whole), whole.index((SITE,))
+        if axis_of_sites == 0:
+            return replace(one_site(tensor), node=self.once(operator.getitem, node, number))
+        return replace(one_site(tensor), node=self.once("select", node, axis_of_sites, number))
 
-    def empty(self, like: fx.Node, modes: Modes) -> Named:
+    def empty(self, like: fx.Node, modes: Modes) -> NamedTensor:
         """A new tensor with one axis for each mode; ``like`` gives dtype and device."""
         shape = tuple(self._tokens() if mode == TOKEN else self.size((mode,)) for mode in modes)
-        return Named(self.call("new_empty", like, shape), tuple((mode,) for mode in modes))
+        return NamedTensor(self.call("new_empty", like, shape), tuple((mode,) for mode in modes))
 
     def _tokens(self) -> fx.Node:
         assert self.tokens is not None
-        return self.once("size", *self.tokens)
+        return self.length(*self.tokens)
 
-
-def one_site(tensor: Named) -> Named:
-    """What a tensor of several sites is like at one of them: where the mode SITE was, memory jumps."""
-    axes: list[Modes] = []
-    gaps: set[int] = set()
-    for n, axis in enumerate(tensor.axes):
-        parts = (axis[: axis.index(SITE)], axis[axis.index(SITE) + 1 :]) if SITE in axis else (axis,)
-        for i, part in enumerate(parts):
-            if i == 1 and axes:
-                gaps.add(len(axes) - 1)
-            axes += [part] if part else []
-        if n in tensor.gaps and axes:
-            gaps.add(len(axes) - 1)
-    return Named(tensor.node, tuple(axes), frozenset(gap for gap in gaps if gap < len(axes) - 1))
+    def length(self, node: fx.Node, axis: int) -> fx.Node:
+        """How long an axis of a tensor is when the code runs."""
+        return self.once(operator.getitem, self.once(getattr, node, "shape"), axis)

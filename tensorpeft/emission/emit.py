@@ -10,14 +10,15 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
 from tensorpeft.emission.index import Index
-from tensorpeft.emission.input_kind import Head, Place, SetKind
-from tensorpeft.emission.lowering import Strand, strands
+from tensorpeft.emission.input_kind import FusedProjection, ModuleSite, SetKind
+from tensorpeft.emission.lowering import LoweredChain, lower_chains
 from tensorpeft.emission.program import SetProgram, program
 from tensorpeft.emission.prologue import Part, PrologueCode
 from tensorpeft.model.shape import Rows, Site
@@ -29,13 +30,18 @@ from tensorpeft.planning.shared_inputs import InputSet
 
 @dataclass(frozen=True)
 class SetCall:
-    """What happens at one input set: its program, and what that is given."""
+    """A call of an input set's program: with which rows of the stacks, and which positions."""
 
     program: SetProgram
     at: str  # from what to what it goes, as its groups say
     modules: tuple[Site, ...]  # the first site of each module
-    pieces: tuple[tuple[int, int], ...]  # of each: which stack, and which row of it
+    arguments: tuple[tuple[int, int], ...]  # of each: which stack, and which row of it
     indices: Mapping[str, Index]
+
+    @cached_property
+    def named_arguments(self) -> tuple[tuple[str, tuple[int, int]], ...]:
+        """The arguments by the names that its code has for them."""
+        return tuple((f"p{number}", place) for number, place in enumerate(self.arguments))
 
 
 @dataclass(frozen=True)
@@ -52,6 +58,9 @@ class Emitted:
         of_sets = ({name: index.on(device) for name, index in call.indices.items()} for call in self.sets)
         return tuple(index.on(device) for index in self.indices), tuple(of_sets)
 
+    def __str__(self) -> str:
+        return "\n\n".join(f"# {caption}\n{text}" for caption, text in self.listings())
+
     def listings(self) -> Iterator[tuple[str, str]]:
         """The text of every function, with what it is for."""
         yield "once per forward pass", listing("prologue", self.prologue)
@@ -64,8 +73,8 @@ class Emitted:
             )
             where = f"at {counts[call.program]} {read}s like that of {modules}"
             yield f"{where}: what its sites have in common", listing("forward", call.program.forward.code)
-            for function, site in zip(call.program.landings, call.modules, strict=True):
-                yield f"{where}: the {changed} of {site.module}", listing("landing", function.code)
+            for function, site in zip(call.program.epilogues, call.modules, strict=True):
+                yield f"{where}: the {changed} of {site.module}", listing("epilogue", function.code)
             yield f"{where}: backward", listing("backward", call.program.whole.code)
 
 
@@ -77,7 +86,7 @@ def listing(name: str, code: fx.GraphModule) -> str:
 
 def emit(plan: Plan) -> Emitted:
     """The code of a plan."""
-    prologue = PrologueCode(plan)
+    prologue = PrologueCode(block.name for block in plan.network.blocks)
     alike: dict[object, list[InputSet]] = defaultdict(list)
     for each in plan.sets:
         alike[_signature(plan, each)].append(each)
@@ -88,7 +97,7 @@ def emit(plan: Plan) -> Emitted:
 
 
 def taken(term: Term) -> dict[str, Index]:
-    """What a product takes of the base weight, where masks cut an axis."""
+    """The positions of the base weight that a product reads, by name, for each axis that masks cut."""
     return {
         f"take{number}_{axis}_": Index.of(np.array(positions))
         for number, operand in enumerate(term.operands)
@@ -108,25 +117,27 @@ def _modules(
 ) -> tuple[dict[str, list[Site]], tuple[tuple[tuple[int, int, Rows | None], ...], ...]]:
     """The modules of a set with their sites; and for each site its bundle, its number there, and its rows."""
     sites: dict[str, list[Site]] = defaultdict(list)
-    places: dict[str, list[tuple[int, int, Rows | None]]] = defaultdict(list)
+    sites_of: dict[str, list[tuple[int, int, Rows | None]]] = defaultdict(list)
     for at, bundle in enumerate(each.bundles):
         for member, number in enumerate(bundle.sites):
             site = plan.groups[bundle.group].group.sites[number]
             sites[site.path].append(site)
-            places[site.path].append((at, member, site.rows))
-    return sites, tuple(map(tuple, places.values()))
+            sites_of[site.path].append((at, member, site.rows))
+    return sites, tuple(map(tuple, sites_of.values()))
 
 
 def _kind(plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> list[SetCall]:
     """The calls of input sets of one signature."""
-    given = _Given(plan, prologue, sets)
-    found, places = _modules(plan, sets[0])
+    given = SetInputs(plan, prologue, sets)
+    found, sites_of = _modules(plan, sets[0])
     kind = SetKind(
-        strands=tuple(given.strands),
-        pieces=tuple(map(tuple, given.pieces)),
+        chains=tuple(given.chains),
+        arguments=tuple(map(tuple, given.arguments)),
         trainable=tuple(given.trainable),
-        heads=given.heads(),
-        modules=tuple(tuple(Place(given.of_bundle[b], member, rows) for b, member, rows in each) for each in places),
+        projections=given.projections(),
+        modules=tuple(
+            tuple(ModuleSite(given.of_bundle[b], member, rows) for b, member, rows in each) for each in sites_of
+        ),
         d_in=next(iter(found.values()))[0].d_in,
         d_out=tuple(sites[0].module_d_out for sites in found.values()),
         dropout=dict(plan.network.spec.dropout).get("x", 0.0),
@@ -135,43 +146,43 @@ def _kind(plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> list[SetC
     calls = []
     for n, each in enumerate(sets):
         modules = tuple(sites[0] for sites in _modules(plan, each)[0].values())
-        pieces = tuple((stack, rows[n]) for stack, rows in given.stacks)
-        calls.append(SetCall(program(kind), at, modules, pieces, given.indices))
+        arguments = tuple((stack, rows[n]) for stack, rows in given.stacks)
+        calls.append(SetCall(program(kind), at, modules, arguments, given.indices))
     return calls
 
 
-class _Given:
-    """What input sets of one signature are given."""
+class SetInputs:
+    """Collects the chains of input sets of one signature, and the stacks that are their arguments."""
 
     def __init__(self, plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> None:
         self.prologue = prologue
-        self.strands: list[Strand] = []
+        self.chains: list[LoweredChain] = []
         self.of_bundle: list[tuple[int, ...]] = []
-        self.stacks: list[tuple[int, tuple[int, ...]]] = []  # of each piece: its stack, and the row of each set
+        self.stacks: list[tuple[int, tuple[int, ...]]] = []  # of each argument: its stack, and the row of each set
         self.trainable: list[bool] = []
-        self.pieces: list[list[int]] = []  # of each strand
+        self.arguments: list[list[int]] = []  # of each chain
         self.indices: dict[str, Index] = {}
-        self._first: dict[int, Part] = {}  # of each strand that shares its first link
+        self._first: dict[int, Part] = {}  # of each chain that shares its first link
         dropout = dict(plan.network.spec.dropout)
         for at, bundle in enumerate(sets[0].bundles):
             planned = plan.groups[bundle.group]
-            mine = strands(planned, len(bundle.sites), dropout)
-            self.of_bundle.append(tuple(range(len(self.strands), len(self.strands) + len(mine))))
-            for term, strand in zip(planned.group.terms, mine, strict=True):
-                self._add(planned.group, term, strand, tuple(each.bundles[at].sites for each in sets))
+            mine = lower_chains(planned, len(bundle.sites), dropout)
+            self.of_bundle.append(tuple(range(len(self.chains), len(self.chains) + len(mine))))
+            for term, chain in zip(planned.group.terms, mine, strict=True):
+                self._add(planned.group, term, chain, tuple(each.bundles[at].sites for each in sets))
 
-    def _add(self, group: Group, term: Term, strand: Strand, bundles: Bundles) -> None:
-        number = len(self.strands)
-        self.strands.append(strand)
-        self.pieces.append([])
-        for met in strand.met:
-            for piece in met.pieces:
-                part = None if piece.is_base else self.prologue.part(group, term, met.link, piece, bundles)
-                if part is None or (strand.has_head and met is strand.met[0]):
-                    self.pieces[-1].append(-1)
+    def _add(self, group: Group, term: Term, chain: LoweredChain, bundles: Bundles) -> None:
+        number = len(self.chains)
+        self.chains.append(chain)
+        self.arguments.append([])
+        for stage in chain.stages:
+            for argument in stage.arguments:
+                part = None if argument.is_base else self.prologue.part(group, term, stage.link, argument, bundles)
+                if part is None or (chain.has_projection and stage is chain.stages[0]):
+                    self.arguments[-1].append(-1)
                 else:
-                    self.pieces[-1].append(self._piece([part], piece.trainable))
-                if strand.has_head and met is strand.met[0]:
+                    self.arguments[-1].append(self._argument([part], argument.trainable))
+                if chain.has_projection and stage is chain.stages[0]:
                     assert part is not None
                     self._first[number] = part
         if term.columns is not None:
@@ -183,24 +194,24 @@ class _Given:
                 rows = group.sites[site].row_indices()[term.rows]
                 self.indices[f"rows{number}_{member}"] = Index.of(rows)
 
-    def _piece(self, parts: Sequence[Part], trainable: bool) -> int:
+    def _argument(self, parts: Sequence[Part], trainable: bool) -> int:
         self.stacks.append(self.prologue.stack(parts))
         self.trainable.append(trainable)
         return len(self.stacks) - 1
 
-    def heads(self) -> tuple[Head, ...]:
+    def projections(self) -> tuple[FusedProjection, ...]:
         """The first links that are one product: apart are those that train, and those that are the same for every set."""
         classes: dict[tuple[bool, bool], dict[tuple[object, ...], list[int]]] = defaultdict(dict)
         for number, part in self._first.items():
-            trainable = self.strands[number].met[0].link.trainable
+            trainable = self.chains[number].stages[0].link.trainable
             same = classes[trainable, part.count > 1].setdefault((part.node, part.rows), [])
             same.append(number)
-        heads = []
+        projections = []
         for (trainable, _), alike in classes.items():
             parts = [self._first[numbers[0]] for numbers in alike.values()]
             columns, start = [], 0
             for part, numbers in zip(parts, alike.values(), strict=True):
                 columns += [(number, start, part.shape[0]) for number in numbers]
                 start += part.shape[0]
-            heads.append(Head(self._piece(parts, trainable), trainable, start, tuple(columns)))
-        return tuple(heads)
+            projections.append(FusedProjection(self._argument(parts, trainable), trainable, start, tuple(columns)))
+        return tuple(projections)

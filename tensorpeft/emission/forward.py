@@ -1,12 +1,12 @@
-"""Emits the code of an input set: what its sites compute together, what each module does with it, and the backward pass.
+"""Emits the forward pass of an input set, and the epilogue of each of its modules.
 
-    forward   (x, what is given) -> activations
-    landing   (y, some of these) -> y, for each module: the last links, added in y's own memory
-    backward  (x, some of these, the gradient of each y) -> the gradient of x; those of the pieces are added up in place
+    forward   (x, what is given) -> activations: what the sites compute together
+    epilogue  (y, some of these) -> y, one for each module: its last links, added in the memory of y
+    backward  (x, some of these, the gradient of each y) -> the gradient of x; those of the arguments are added up in place
 
-Strands whose first links are plain matrices over the whole input share one product with all of these matrices (``Head``).
-Tensors have names, by which the three find each other's: x, y, what is given (``p0``, ``ids``, ``columns0`` ...), the activations
-``a0`` ... that the forward pass leaves, the gradients ``g0`` ... of the modules' outputs, and ``into0`` ... for those of pieces.
+Chains that begin with plain matrices over the whole input share one product with all of them (``FusedProjection``). Tensors
+have names, by which one function finds what another returns: x, y, what is given (``p0``, ``ids``, ``columns0`` ...), the
+activations ``a0`` ... of the forward pass, the gradients ``g0`` ... of the outputs, ``into0`` ... for those of the arguments.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from operator import getitem
 from torch import fx
 
 from tensorpeft.emission import ops
-from tensorpeft.emission.chain_code import ROW, Run
-from tensorpeft.emission.contraction import Code, Modes, Named
-from tensorpeft.emission.graph import HEAD, INPUT, Function, SetGraph, rows_of
-from tensorpeft.emission.input_kind import Head, Place, SetKind
-from tensorpeft.emission.lowering import Strand
+from tensorpeft.emission.chain_code import ROW, ChainTrace
+from tensorpeft.emission.contraction import Code
+from tensorpeft.emission.graph import INPUT, OUTPUT, PROJECTION, Function, SetGraph, rows_of
+from tensorpeft.emission.input_kind import FusedProjection, ModuleSite, SetKind
+from tensorpeft.emission.lowering import LoweredChain
+from tensorpeft.emission.named_tensor import Modes, NamedTensor
 from tensorpeft.planning.orders import TOKEN
 
 
@@ -32,9 +33,10 @@ class SetCode:
     def __init__(self, kind: SetKind) -> None:
         self.kind = kind
         self.graph = SetGraph(kind)
-        self.runs = [Run() for _ in kind.strands]
+        self.traces = [ChainTrace() for _ in kind.chains]
         self.exported: dict[fx.Node, str] = {}
-        self.x, self.lead = self.graph.flat("x", kind.d_in)
+        x = self.graph.flat("x", (INPUT,), kind.d_in)
+        self.x, self.lead, self.gaps = x.node, x.axes[:-1], x.gaps
         self.mask: fx.Node | None = None
         self._forward()
         self._name_exports()
@@ -42,7 +44,7 @@ class SetCode:
 
     @property
     def read(self) -> Mapping[tuple[int, str], int]:
-        """Which sizes of strands are in the forward pass."""
+        """Which sizes of chains are in the forward pass."""
         return self.forward.read
 
     # Forward
@@ -52,97 +54,109 @@ class SetCode:
         if self.kind.dropout:
             dropped = code.call(ops.dropout, self.x, self.kind.dropout, self.graph.take("training"))
             self.x, self.mask = (code.call(getitem, dropped, n) for n in (0, 1))
-        heads = {strand: head for head in self.kind.heads for strand, _, _ in head.columns}
-        results = {head: self._head(head) for head in self.kind.heads}
-        for number, strand in enumerate(self.kind.strands):
-            emitted = self.graph.strand(number)
+        projections = {chain: projection for projection in self.kind.projections for chain, _, _ in projection.columns}
+        results = {projection: self._projection(projection) for projection in self.kind.projections}
+        for number, chain in enumerate(self.kind.chains):
+            emitted = self.graph.chain(number)
             emitted.use()
-            if number in heads:
-                emitted.forward(self.columns(code, results[heads[number]], heads[number], number), self.runs[number], 1)
+            if number in projections:
+                emitted.forward(
+                    self.columns(code, results[projections[number]], projections[number], number),
+                    self.traces[number],
+                    1,
+                )
             else:
-                emitted.forward(self._input(self.graph, self.x, strand, number), self.runs[number])
+                emitted.forward(self._input(self.graph, chain, number), self.traces[number])
 
-    def _head(self, head: Head) -> Named:
+    def _projection(self, projection: FusedProjection) -> NamedTensor:
         code = self.graph.code
-        code.sizes[HEAD] = head.width
-        matrix = Named(self.graph.take(f"p{head.piece}"), ((HEAD,), (INPUT,)))
-        return code.contract(Named(self.x, (*self.lead, (INPUT,))), matrix, (ROW, TOKEN, HEAD))
+        code.sizes[PROJECTION] = projection.width
+        matrix = NamedTensor(self.graph.take(f"p{projection.argument}"), ((PROJECTION,), (INPUT,)))
+        return code.contract(self.input((INPUT,)), matrix, (ROW, TOKEN, PROJECTION))
 
-    def columns(self, code: Code, whole: Named, head: Head, number: int) -> Named:
-        """The part of a head's result, or of its gradient, that is a strand's."""
-        first, count = next(columns for strand, *columns in head.columns if strand == number)
-        axes = (*whole.axes[:-1], self.kind.strands[number].met[0].pieces[0].axes[0])
-        if count == head.width:
-            return Named(whole.node, axes)
-        return Named(code.once("narrow", whole.node, -1, first, count), axes, frozenset({len(axes) - 2}))
+    def input(self, features: Modes) -> NamedTensor:
+        """The input as the sites read it, behind dropout; shape: (*lead, features)."""
+        return NamedTensor(self.x, (*self.lead, features), self.gaps)
 
-    def _input(self, graph: SetGraph, x: fx.Node, strand: Strand, number: int) -> Named:
-        if strand.columns:
-            x = graph.code.once("index_select", x, -1, graph.take(f"columns{number}"))
-        return Named(x, (*self.lead, strand.d_in))
+    def columns(self, code: Code, whole: NamedTensor, projection: FusedProjection, number: int) -> NamedTensor:
+        """The part of a projection's result, or of its gradient, that is a chain's."""
+        first, count = next(columns for chain, *columns in projection.columns if chain == number)
+        axes = (*whole.axes[:-1], self.kind.chains[number].stages[0].arguments[0].axes[0])
+        if count == projection.width:
+            return NamedTensor(whole.node, axes)
+        widths = dict(sorted((first, count) for _, first, count in projection.columns))
+        parts = code.once("split_with_sizes", whole.node, tuple(widths.values()), -1)
+        return NamedTensor(code.once(getitem, parts, [*widths].index(first)), axes, frozenset({len(axes) - 2}))
+
+    def _input(self, graph: SetGraph, chain: LoweredChain, number: int) -> NamedTensor:
+        if chain.columns:
+            columns = graph.code.once("index_select", self.x, -1, graph.take(f"columns{number}"))
+            return NamedTensor(columns, (*self.lead, chain.d_in))
+        return self.input(chain.d_in)
 
     def _name_exports(self) -> None:
-        """What landings and the backward pass need of the forward pass: it returns this."""
+        """Name the tensors that the forward pass returns: those that epilogues and the backward pass read."""
         needed = [] if self.mask is None else [self.mask, self.x]
-        for strand, run in zip(self.kind.strands, self.runs, strict=True):
-            last = len(strand.met) - 1
-            needed += [run.inputs[n].node for n in run.inputs if n == last or strand.met[n].link.trainable]
-            needed += [mask for mask, _ in run.masks.values()]
-            needed += [] if run.tensor is None else [run.tensor.node]
+        for chain, trace in zip(self.kind.chains, self.traces, strict=True):
+            last = len(chain.stages) - 1
+            needed += [trace.inputs[n].node for n in trace.inputs if n == last or chain.stages[n].link.trainable]
+            needed += [mask for mask, _ in trace.masks.values()]
+            needed += [] if trace.tensor is None else [trace.tensor.node]
         for node in needed:
             if node is not self.x or self.mask is not None:
                 self.exported.setdefault(node, f"a{len(self.exported)}")
 
-    def export(self, graph: SetGraph, named: Named) -> Named:
+    def export(self, graph: SetGraph, tensor: NamedTensor) -> NamedTensor:
         """A tensor of the forward pass in another graph."""
-        if named.node is self.x and self.mask is None:
-            return replace(named, node=graph.flat("x", self.kind.d_in)[0])
-        return replace(named, node=self.export_node(graph, named.node))
+        if tensor.node is self.x and self.mask is None:
+            return replace(tensor, node=graph.flat("x", (INPUT,), self.kind.d_in).node)
+        return replace(tensor, node=self.export_node(graph, tensor.node))
 
     def export_node(self, graph: SetGraph, node: fx.Node) -> fx.Node:
         return graph.take(self.exported[node])
 
-    # Landing
+    # Epilogue
 
-    def landing(self, kind: SetKind, module: int, *, in_place: bool) -> Function:
+    def epilogue(self, kind: SetKind, module: int, *, in_place: bool) -> Function:
         """Add the updates of a module's sites to its output."""
         graph = SetGraph(kind)
-        y, lead = graph.flat("y", kind.d_out[module])
-        for place in kind.modules[module]:
-            for number in place.strands:
-                y = self._land(graph, y, lead, place, number, in_place=in_place)
-        whole = graph.take("y")
+        whole = graph.take("y")  # first: what calls it has the rest at hand before there is an output
+        found = graph.flat("y", (OUTPUT,), kind.d_out[module], in_place=in_place)
+        y, lead = found.node, found.axes[:-1]
+        for site in kind.modules[module]:
+            for number in site.chains:
+                y = self._add_update(graph, y, lead, site, number, in_place=in_place)
         return graph.finish(
             whole if in_place else graph.code.call("reshape", y, graph.code.call(getattr, whole, "shape")),
             ("y",),
-            "Landing",
+            "Epilogue",
         )
 
-    def _land(
-        self, graph: SetGraph, y: fx.Node, lead: tuple[Modes, ...], place: Place, number: int, *, in_place: bool
+    def _add_update(
+        self, graph: SetGraph, y: fx.Node, lead: tuple[Modes, ...], site: ModuleSite, number: int, *, in_place: bool
     ) -> fx.Node:
-        strand, code, rows = graph.kind.strands[number], graph.code, place.rows
-        emitted = graph.strand(number)
+        chain, code, rows = graph.kind.chains[number], graph.code, site.rows
+        emitted = graph.chain(number)
         emitted.use()
-        last = len(strand.met) - 1
-        built = self.runs[number].tensor
-        run = Run({last: self.export(graph, self.runs[number].inputs[last])})
-        run.tensor = None if built is None else self.export(graph, built)
-        axes = (*lead, strand.d_out)
-        if in_place and not strand.kept:
-            target = rows_of(graph, Named(y, axes), rows)
-            if target is not None and emitted.land(run, place.member, target):
+        last = len(chain.stages) - 1
+        built = self.traces[number].tensor
+        trace = ChainTrace({last: self.export(graph, self.traces[number].inputs[last])})
+        trace.tensor = None if built is None else self.export(graph, built)
+        axes = (*lead, chain.d_out)
+        if in_place and not chain.kept:
+            target = rows_of(graph, NamedTensor(y, axes), rows)
+            if target is not None and emitted.add_update(trace, site.member, target):
                 return y
-        node = code.grouped(emitted.update(run, place.member, Named(y, axes).modes), axes)
-        added = self._added(graph, y, node, number, place, in_place=in_place)
+        node = code.grouped(emitted.update(trace, site.member, NamedTensor(y, axes).modes), axes)
+        added = self._added(graph, y, node, number, site, in_place=in_place)
         return y if in_place else added
 
     def _added(
-        self, graph: SetGraph, y: fx.Node, update: fx.Node, number: int, place: Place, *, in_place: bool
+        self, graph: SetGraph, y: fx.Node, update: fx.Node, number: int, site: ModuleSite, *, in_place: bool
     ) -> fx.Node:
-        rows = place.rows
-        if graph.kind.strands[number].kept:
-            index = graph.take(f"rows{number}_{place.member}")
+        rows = site.rows
+        if graph.kind.chains[number].kept:
+            index = graph.take(f"rows{number}_{site.member}")
             return graph.code.call("index_add_" if in_place else "index_add", y, -1, index, update)
         if rows is None:
             return graph.code.call("add_" if in_place else "add", y, update)

@@ -12,8 +12,8 @@ from torch import fx
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What a graph says; the names of its nodes, which follow from that, left out."""
+class GraphKey:
+    """A graph's operations and arguments, without the names of its nodes: equal for graphs of the same code."""
 
     nodes: tuple[object, ...]
     name: str
@@ -23,21 +23,23 @@ class _Said:
 def module(graph: fx.Graph, name: str) -> fx.GraphModule:
     """A finished graph as a module of a class of this name."""
     numbers = {node: number for number, node in enumerate(graph.nodes)}
-    nodes = ((node.op, node.target, _said(node.args, numbers), _said(node.kwargs, numbers)) for node in graph.nodes)
-    return _module(_Said(tuple(nodes), name, graph))
+    nodes = (
+        (node.op, node.target, _value_of(node.args, numbers), _value_of(node.kwargs, numbers)) for node in graph.nodes
+    )
+    return _module(GraphKey(tuple(nodes), name, graph))
 
 
 @lru_cache(maxsize=4096)
-def _module(said: _Said) -> fx.GraphModule:
-    return fx.GraphModule({}, said.graph, said.name)
+def _module(key: GraphKey) -> fx.GraphModule:
+    return fx.GraphModule({}, key.graph, key.name)
 
 
-def _said(argument: object, numbers: dict[fx.Node, int]) -> object:
+def _value_of(argument: object, numbers: dict[fx.Node, int]) -> object:
     """An argument as a value that equals no other's: 1 and 1.0 are not the same."""
     if isinstance(argument, fx.Node):
         return fx.Node, numbers[argument]
     if isinstance(argument, (list, tuple)):
-        return tuple(_said(each, numbers) for each in argument)
+        return tuple(_value_of(each, numbers) for each in argument)
     if isinstance(argument, dict):
-        return tuple((name, _said(each, numbers)) for name, each in argument.items())
+        return tuple((name, _value_of(each, numbers)) for name, each in argument.items())
     return type(argument), argument

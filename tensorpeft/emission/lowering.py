@@ -1,4 +1,4 @@
-"""A strand: one product of the update, at the sites of one group that read one tensor.
+"""A chain: one product of the update, at the sites of one group that read one tensor.
 
 Forward, the activation meets link after link but for the last, which each site meets by itself. What it was before a trained
 link is kept: the backward pass needs it for the link's gradient. Tensors that are built at the site are built again there.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from tensorpeft.emission.contraction import Modes
+from tensorpeft.emission.named_tensor import Modes
 from tensorpeft.network.network import Operand, Term
 from tensorpeft.planning.base_product import base_rows
 from tensorpeft.planning.chain import SITE, Link, differ
@@ -16,8 +16,8 @@ from tensorpeft.planning.plan import GroupPlan
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A tensor that a strand is given: what the prologue made of some factors, or the base weight (d_out, d_in)."""
+class Argument:
+    """A tensor that a chain is given: what the prologue made of some factors, or the base weight (d_out, d_in)."""
 
     operands: tuple[int, ...]  # of the term
     axes: tuple[Modes, ...]
@@ -32,11 +32,11 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Met:
-    """A link as a strand meets it: what it is built from, if it is more than one piece."""
+class Stage:
+    """A link as a chain meets it: what it is built from, if it is more than one argument."""
 
     link: Link
-    pieces: tuple[Piece, ...]
+    arguments: tuple[Argument, ...]
     dropout: float  # the probability with which the activation is dropped behind it
 
     @property
@@ -46,7 +46,7 @@ class Met:
 
 
 @dataclass(frozen=True)
-class Strand:
+class LoweredChain:
     """A product at ``members`` sites; modes are called SITE only where there are several."""
 
     members: int
@@ -54,41 +54,41 @@ class Strand:
     sizes: tuple[tuple[str, int], ...]
     d_in: Modes
     d_out: Modes
-    met: tuple[Met, ...]
+    stages: tuple[Stage, ...]
     columns: bool  # whether it reads some columns of the input only
     kept: bool  # whether it changes some rows of the output only
 
     @property
     def by_task(self) -> bool:
-        return any(met.by_task for met in self.met)
+        return any(stage.by_task for stage in self.stages)
 
     @property
-    def has_head(self) -> bool:
-        """Whether its first link is a matrix over all features, so that it can be one product with those of other strands."""
-        first = self.met[0].link
+    def has_projection(self) -> bool:
+        """Whether its first link is a matrix over all features, so that it can be one product with those of other chains."""
+        first = self.stages[0].link
         plain = bool(first.new or first.own) and not (
-            first.at_site or first.batch or self.columns or self.met[0].dropout
+            first.at_site or first.batch or self.columns or self.stages[0].dropout
         )
-        return len(self.met) > 1 and plain and first.contracted == self.d_in
+        return len(self.stages) > 1 and plain and first.contracted == self.d_in
 
 
-def strands(plan: GroupPlan, members: int, dropout: dict[str, float]) -> tuple[Strand, ...]:
-    """The strands of a group, one per product, where ``members`` of its sites read one tensor."""
+def lower_chains(plan: GroupPlan, members: int, dropout: dict[str, float]) -> tuple[LoweredChain, ...]:
+    """The chains of a group, one per product, where ``members`` of its sites read one tensor."""
     found = []
     for term, chain in zip(plan.group.terms, plan.chains, strict=True):
         links = [_of_members(link, members) for link in chain.links]
-        met = []
+        stages = []
         for link in links:
-            pieces = _pieces(plan, term, link, last=link is links[-1])
-            met.append(Met(link, pieces, 0.0 if link is links[-1] else _dropped(link, dropout)))
+            arguments = _arguments(plan, term, link, last=link is links[-1])
+            stages.append(Stage(link, arguments, 0.0 if link is links[-1] else _dropped(link, dropout)))
         found.append(
-            Strand(
+            LoweredChain(
                 members=members,
                 alpha=chain.sign * plan.group.scale,
                 sizes=tuple({**term.sizes, SITE: members}.items()),
                 d_in=term.d_in,
                 d_out=term.d_out,
-                met=tuple(met),
+                stages=tuple(stages),
                 columns=term.columns is not None,
                 kept=term.rows is not None,
             )
@@ -98,7 +98,7 @@ def strands(plan: GroupPlan, members: int, dropout: dict[str, float]) -> tuple[S
 
 def _of_members(link: Link, members: int) -> Link:
     """A link as its code sees it: whatever it costs, and without SITE where there is one."""
-    link = replace(link, flops=0, building=0)
+    link = replace(link, flops=0)
     if members > 1:
         return link
     before, after = (tuple(mode for mode in modes if mode != SITE) for modes in (link.before, link.after))
@@ -113,7 +113,7 @@ def _dropped(link: Link, dropout: dict[str, float]) -> float:
     return 1 - kept
 
 
-def _pieces(plan: GroupPlan, term: Term, link: Link, *, last: bool) -> tuple[Piece, ...]:
+def _arguments(plan: GroupPlan, term: Term, link: Link, *, last: bool) -> tuple[Argument, ...]:
     if link.at_site:
         return tuple(_factor(plan, i, term.operands[i], several=link.own) for i in link.operands)
     site = (SITE,) if link.own else ()
@@ -126,16 +126,16 @@ def _pieces(plan: GroupPlan, term: Term, link: Link, *, last: bool) -> tuple[Pie
         (*site, *link.new) if merged else link.new,
         link.contracted,
     )
-    return (Piece(link.operands, tuple(axis for axis in axes if axis), link.trainable, link.own),)
+    return (Argument(link.operands, tuple(axis for axis in axes if axis), link.trainable, link.own),)
 
 
-def _factor(plan: GroupPlan, number: int, operand: Operand, *, several: bool) -> Piece:
+def _factor(plan: GroupPlan, number: int, operand: Operand, *, several: bool) -> Argument:
     """A factor by itself, of a link that is built at the site."""
     if operand.is_base:
         first = base_rows(operand)
         axes = tuple((mode,) for mode in operand.modes)
         cut = tuple(some is not None for some in operand.take)
-        return Piece((number,), axes, False, False, (operand.modes[:first], operand.modes[first:]), cut)
+        return Argument((number,), axes, False, False, (operand.modes[:first], operand.modes[first:]), cut)
     own = several and differ([operand], plan.bundles)
     modes = (SITE, *operand.modes) if own else operand.modes
-    return Piece((number,), tuple((mode,) for mode in modes), operand.block.trainable, own)
+    return Argument((number,), tuple((mode,) for mode in modes), operand.block.trainable, own)

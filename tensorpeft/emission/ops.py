@@ -9,26 +9,6 @@ import torch
 from torch import Tensor
 
 
-def flat(x: Tensor, *shape: int) -> Tensor:
-    """A tensor in another shape, contiguous; a copy only where it lies in memory otherwise."""
-    return x.reshape(shape).contiguous()
-
-
-def scaled_mm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """``alpha * a @ b`` in one kernel."""
-    return torch.addmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
-
-
-def scaled_bmm(a: Tensor, b: Tensor, alpha: float) -> Tensor:
-    """``alpha * a @ b`` for batches, in one kernel."""
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=alpha)
-
-
-def mul(a: Tensor, b: Tensor) -> Tensor:
-    """The product with broadcasting, contiguous: torch's own follows the memory of its operands."""
-    return torch.mul(a, b).contiguous()
-
-
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Contiguous and of a dtype, in one kernel."""
     if tensor.dtype == dtype:
@@ -39,6 +19,26 @@ def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 def scatter(values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> Tensor:  # shapes: (n,), (n,)
     """A tensor of zeros but for some values, at positions of its flat form."""
     return values.new_zeros(prod(shape)).index_copy(0, positions, values).view(shape)
+
+
+def spread(
+    tensor: Tensor, positions: Tensor, size: int
+) -> Tensor:  # shapes: (sites, n, cut), (n,) -> (sites, size, cut)
+    """The numbers at positions of a longer axis, with zeros elsewhere."""
+    return tensor.new_zeros(tensor.shape[0], size, tensor.shape[2]).index_copy(1, positions, tensor)
+
+
+def with_entries(table: Tensor, rows: Tensor, part: Tensor) -> Tensor:  # shapes: (keys, size), (sites,), (sites, n)
+    """A table in which the first numbers of some rows are others."""
+    if part.shape[1] == table.shape[1]:
+        return table.index_copy(0, rows, part)
+    rest = table.index_select(0, rows).narrow(1, part.shape[1], table.shape[1] - part.shape[1])
+    return table.index_copy(0, rows, torch.cat((part, rest), 1))
+
+
+def times(weight: Tensor, side: Tensor) -> Tensor:  # shapes: (kept, summed), (summed, cut) -> (kept, cut)
+    """W times a side of a cut, in the dtype of that, on its device: of one weight at a time there is a copy."""
+    return torch.mm(weight if weight.dtype == side.dtype and weight.device == side.device else weight.to(side), side)
 
 
 def rows_of(y: Tensor, offset: int, count: int, period: int) -> Tensor:  # shape: (..., n) -> (..., n / period, count)

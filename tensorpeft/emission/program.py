@@ -21,31 +21,34 @@ class SetProgram:
         self.kind = kind
         self._code = _shared(kind, "forward", SetCode)
         self.forward = self._code.forward
-        self.new_landings = self._landings(in_place=False)
+        self.functional_epilogues = self._epilogues(in_place=False)
         self.backward = cache(self._backward)
 
     @cached_property
-    def landings(self) -> tuple[Function, ...]:
-        """Of each module: its updates added in the memory of its output. ``new_landings`` leave the output as it is."""
-        return self._landings(in_place=True)
+    def epilogues(self) -> tuple[Function, ...]:
+        """Of each module: its updates added in the memory of its output. ``functional_epilogues`` leave the output as it is."""
+        return self._epilogues(in_place=True)
 
     @property
     def whole(self) -> Function:
         """The backward pass from all modules to everything."""
-        return self.backward(frozenset(range(len(self.kind.modules))), to_x=True, to_pieces=True)
+        return self.backward((1 << len(self.kind.modules)) - 1, to_x=True, to_arguments=True)
 
-    def _landings(self, *, in_place: bool) -> tuple[Function, ...]:
-        def landing(module: int) -> Function:
-            make = partial(self._code.landing, module=module, in_place=in_place)
+    def _epilogues(self, *, in_place: bool) -> tuple[Function, ...]:
+        def epilogue(module: int) -> Function:
+            make = partial(self._code.epilogue, module=module, in_place=in_place)
             return _shared(self.kind, (self._code, module, in_place), make)
 
-        return tuple(landing(module) for module in range(len(self.kind.modules)))
+        return tuple(epilogue(module) for module in range(len(self.kind.modules)))
 
-    def _backward(self, present: frozenset[int], *, to_x: bool, to_pieces: bool) -> Function:
+    def _backward(self, modules: int, *, to_x: bool, to_arguments: bool) -> Function:
+        """From the modules that are bits of a number: a set would be built at every step."""
+        present = frozenset(n for n in range(len(self.kind.modules)) if modules >> n & 1)
+
         def make(kind: SetKind) -> Function:
-            return Backward(self._code, kind, present, to_x=to_x, to_pieces=to_pieces).function()
+            return Backward(self._code, kind, present, to_x=to_x, to_arguments=to_arguments).function()
 
-        return _shared(self.kind, (self._code, present, to_x, to_pieces), make)
+        return _shared(self.kind, (self._code, present, to_x, to_arguments), make)
 
 
 @lru_cache(maxsize=1024)
@@ -55,7 +58,7 @@ def program(kind: SetKind) -> SetProgram:
 
 
 def _shared(kind: SetKind, what: Hashable, make: Callable[[SetKind], Made]) -> Made:
-    """What was made of a kind that differs in nothing but sizes that are not in its code; else it is made of this one."""
+    """The code of a kind that differs only in sizes which that code does not read; else it is made for this kind."""
     alike = _made(kind.outline, what)
     for found in alike:
         if found.read.items() <= kind.sizes.items():
@@ -66,5 +69,5 @@ def _shared(kind: SetKind, what: Hashable, make: Callable[[SetKind], Made]) -> M
 
 @lru_cache(maxsize=4096)
 def _made(outline: SetKind, what: Hashable) -> list[Any]:
-    """What was made of kinds of an outline."""
+    """The code made so far for kinds of an outline."""
     return []

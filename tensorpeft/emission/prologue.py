@@ -7,7 +7,7 @@ activations and laid out as the sites want them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from operator import getitem
@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import fx
-from torch.fx.node import Argument
+from torch.fx.node import Argument as FxArgument
 
 from tensorpeft.emission import ops
 from tensorpeft.emission.index import Index
 from tensorpeft.emission.intern import module
-from tensorpeft.emission.lowering import Piece
+from tensorpeft.emission.lowering import Argument
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.model.shape import Key
 from tensorpeft.network.network import Block, Group, Operand, Term
 from tensorpeft.planning.chain import ANY_SITE, SITE, Bundles, Link, operand_modes
 from tensorpeft.planning.cost import prologue_key
-from tensorpeft.planning.plan import Plan
 
 _KEY_ORDER = (*SITE_MODES, "site")  # "site" is the axis of a block whose sites fill no grid
 Rows = tuple[int, ...]
@@ -35,27 +34,28 @@ Rows = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """What some input sets are given of one kind: ``count`` rows, and which of them is each set's."""
+    """A tensor of ``count`` rows, of which each of some input sets is given one."""
 
-    node: fx.Node  # (rows, one axis for each mode)
-    shape: tuple[int, ...]  # of a row, over the axes of the piece
+    node: fx.Node  # shape: (rows, one axis for each mode)
+    shape: tuple[int, ...]  # of a row, over the axes of the argument
     merged: bool  # whether some axis stands for several modes
     count: int
     rows: Rows
 
 
 class PrologueCode:
-    """Builds the prologue's graph."""
+    """Builds the prologue's graph, which takes the blocks of these names."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, names: Iterable[str]) -> None:
         self.graph = fx.Graph()
         self.dtype = self.graph.placeholder("dtype")
-        names = [block.name for block in plan.network.blocks]  # numbered: fx takes `G` and `g` for one name
+        # numbered: fx takes `G` and `g` for one name
         self.inputs = {name: self.graph.placeholder(f"block{n}_{name}") for n, name in enumerate(names)}
         self.indices: dict[object, tuple[fx.Node, Index]] = {}  # that it is given behind the blocks
         self._stacks: dict[tuple[object, ...], int] = {}
         self._outputs: list[fx.Node] = []
         self._calls: dict[tuple[object, ...], fx.Node] = {}
+        self._ready: set[fx.Node] = set()  # that are contiguous, and of that dtype
         self._products: dict[tuple[object, ...], fx.Node] = {}
 
     def finish(self) -> fx.GraphModule:
@@ -64,28 +64,32 @@ class PrologueCode:
 
     # Parts and stacks
 
-    def part(self, group: Group, term: Term, link: Link, piece: Piece, bundles: Bundles) -> Part:
-        """What the input sets of some bundles are given for a piece."""
+    def part(self, group: Group, term: Term, link: Link, argument: Argument, bundles: Bundles) -> Part:
+        """The tensor whose rows are an argument at the input sets of some bundles."""
         modes: tuple[str, ...]
-        if len(piece.operands) == 1:
-            operand = term.operands[piece.operands[0]]
-            node, keys = self._factor(operand)
+        if len(argument.operands) == 1:
+            operand = term.operands[argument.operands[0]]
+            modes_of_axes = tuple(mode for axis in argument.axes for mode in axis)
+            plain = operand.modes == modes_of_axes and all(take is None for take in operand.take)
+            node, keys = self._factor(operand, cast=plain)
             numbers = {key: number for number, key in enumerate(keys)}
             modes, count, of_site = operand.modes, len(keys), tuple(numbers[key] for key in operand.keys)
         else:
-            axes = tuple(reversed(link.site_modes)) if piece.own else link.site_modes
+            axes = tuple(reversed(link.site_modes)) if argument.own else link.site_modes
             node, of_site = self._product(group, term, link, axes), _rows(group, axes)
             modes, count = (*link.batch, *link.new, *link.contracted), max(of_site) + 1
-        wanted = [tuple(of_site[n] for n in (sites if piece.own else sites[:1])) for sites in bundles]
+        wanted = [tuple(of_site[n] for n in (sites if argument.own else sites[:1])) for sites in bundles]
         items = {item: number for number, item in enumerate(dict.fromkeys(wanted))}
-        node = self._grid(node, count, tuple(items)) if piece.own else self._picked(node, count, [r for (r,) in items])
-        modes = (SITE, *modes) if piece.own else modes
-        order = (0, *(1 + modes.index(mode) for axis in piece.axes for mode in axis))
+        node = (
+            self._grid(node, count, tuple(items)) if argument.own else self._picked(node, count, [r for (r,) in items])
+        )
+        modes = (SITE, *modes) if argument.own else modes
+        order = (0, *(1 + modes.index(mode) for axis in argument.axes for mode in axis))
         if order != tuple(range(len(order))):
             node = self._call("permute", node, order)
         sizes = {**term.sizes, SITE: len(wanted[0])}
-        shape = tuple(prod(sizes[mode] for mode in axis) for axis in piece.axes)
-        merged = any(len(axis) > 1 for axis in piece.axes)
+        shape = tuple(prod(sizes[mode] for mode in axis) for axis in argument.axes)
+        merged = any(len(axis) > 1 for axis in argument.axes)
         return Part(node, shape, merged, len(items), tuple(items[item] for item in wanted))
 
     def stack(self, parts: Sequence[Part]) -> tuple[int, Rows]:
@@ -99,13 +103,14 @@ class PrologueCode:
             node, merged, rows = self._call(torch.cat, flat, 1), False, tuple(items[item] for item in wanted)
         key = (node, parts[0].shape)
         if key not in self._stacks:
-            cast = self._call(ops.cast, node, self.dtype)
+            cast = node if node in self._ready else self._call(ops.cast, node, self.dtype)
             self._stacks[key] = len(self._outputs)
             self._outputs.append(self._call("view", cast, (-1, *parts[0].shape)) if merged else cast)
         return self._stacks[key], rows
 
     def _chosen(self, part: Part, rows: Rows) -> fx.Node:
-        return self._call("reshape", self._picked(part.node, part.count, rows), (-1, *part.shape))
+        node = self._picked(part.node, part.count, rows)
+        return self._call("reshape", node, (-1, *part.shape)) if part.merged else node
 
     def _grid(self, node: fx.Node, count: int, items: tuple[Rows, ...]) -> fx.Node:
         """From (count, ...) to (items, rows of an item, ...); a view where the items are a grid of all rows turned over."""
@@ -134,14 +139,22 @@ class PrologueCode:
 
     # Factors
 
-    def _factor(self, operand: Operand) -> tuple[fx.Node, tuple[Key, ...]]:
-        """What the keys of a block hold, as (keys, one axis for each mode of the operand); and which keys these are."""
+    def _factor(self, operand: Operand, *, cast: bool = False) -> tuple[fx.Node, tuple[Key, ...]]:
+        """The tensors of a block's keys, (keys, one axis for each mode of the operand), and these keys.
+
+        With ``cast`` a packed block comes in the dtype of the activations: one kernel for all of its keys.
+        """
         block, only = operand.block, _only_key(operand)
         node = self.inputs[block.name]
         if only is None:
             node, keys = self._by_key(node, block), block.keys
+        elif block.kept is not None and block.entries is None:
+            source = self._call(ops.cast, node, self.dtype) if cast else node
+            node, keys = self._of_packed(source, block, only), (only,)
+            if cast:
+                self._ready.add(node)
         else:
-            node, keys = self._call("unsqueeze", self._at_key(node, block, only), 0), (only,)
+            node, keys = self._call(getitem, self._at_key(node, block, only), None), (only,)
         for axis, positions in enumerate(operand.take, start=1):
             if isinstance(positions, range):
                 node = self._call("narrow", node, axis, 0, len(positions))
@@ -162,7 +175,7 @@ class PrologueCode:
             node = self._call("permute", node, order)
         if len(bound) > 1:
             return self._call("flatten", node, 0, len(bound) - 1)
-        return node if bound else self._call("unsqueeze", node, 0)
+        return node if bound else self._call(getitem, node, None)
 
     def _scattered(self, node: fx.Node, block: Block) -> fx.Node:
         """A block of which entries are kept, with zeros where there are none: its backward is one gathering."""
@@ -170,13 +183,15 @@ class PrologueCode:
         index = self._index(block.name, lambda: Index(block.count, lambda: block.positions))
         return self._call(ops.scatter, node, index, shape)
 
+    def _of_packed(self, node: fx.Node, block: Block, key: Key) -> fx.Node:
+        """The tensor of one key, (1, *free axes), of a block whose keys lie one behind the other."""
+        parts = self._call("split_with_sizes", node, block.key_sizes)  # its backward is one concatenation
+        return self._call("view", self._call(getitem, parts, block.keys.index(key)), (1, *block.key_shape(key)))
+
     def _at_key(self, node: fx.Node, block: Block, key: Key) -> fx.Node:
-        """What one key holds, over the free axes."""
+        """The tensor of one key, (*free axes)."""
         if block.entries is not None:
             return self._call("select", self._scattered(node, block), 0, block.keys.index(key))
-        if block.kept is not None:  # one split for all keys: its backward is one concatenation
-            part = self._call(getitem, self._call("split", node, block.key_sizes), block.keys.index(key))
-            return self._call("view", part, block.key_shape(key))
         bound = [i for i, axis in enumerate(block.axes) if axis.labels is not None]
         modes = sorted((block.axes[i].mode for i in bound), key=_KEY_ORDER.index)
         for i in reversed(bound):
@@ -194,16 +209,12 @@ class PrologueCode:
         if key in self._products:
             return self._products[key]
         operands = [term.operands[i] for i in link.operands]
-        live = [(self._gathered(group, operand), operand_modes(group, operand)) for operand in operands]
-        goal = (*axes, *link.batch, *link.new, *link.contracted)
-        for step in link.path:
-            picked = [live[i] for i in step]
-            live = [each for i, each in enumerate(live) if i not in step]
-            needed = {*goal, *(mode for _, modes in live for mode in modes)}
-            modes = goal if not live else tuple(dict.fromkeys(m for _, ms in picked for m in ms if m in needed))
-            equation = ops.equation([ms for _, ms in picked], modes)
-            live.append((self._call(torch.einsum, equation, *(node for node, _ in picked)), modes))
-        node = live[0][0]
+        made = [self._gathered(group, operand) for operand in operands]
+        goal = (*axes, *link.batch, *link.new, *link.contracted)  # what the sites want to find in memory
+        for step in link.steps:
+            equation = ops.equation([step.left, step.right], goal if step is link.steps[-1] else step.result)
+            made.append(self._call(torch.einsum, equation, *(made[number] for number in step.inputs)))
+        node = made[-1]
         if not axes:
             node = self._call("unsqueeze", node, 0)
         elif len(axes) > 1:
@@ -216,7 +227,7 @@ class PrologueCode:
         node, keys = self._factor(operand)
         axes = operand_modes(group, operand)[: -len(operand.modes) or None]
         if not axes:
-            return self._call("squeeze", node, 0)
+            return self._call(getitem, node, 0)
         row = {key: number for number, key in enumerate(keys)}
         wanted = [row[operand.keys[sites[0]]] for sites in _sites_by_row(group, axes)]
         node = self._picked(node, len(keys), wanted)
@@ -224,7 +235,7 @@ class PrologueCode:
             node = self._call("unflatten", node, 0, tuple(len(_labels(group, mode)) for mode in axes))
         return node
 
-    def _call(self, function: Any, *args: Argument) -> fx.Node:
+    def _call(self, function: Any, *args: FxArgument) -> fx.Node:
         """A call of a method of the first argument, or of a function; the same one is made once."""
         key = (function, *args)
         if key not in self._calls:

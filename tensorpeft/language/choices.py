@@ -6,18 +6,18 @@ from collections.abc import Iterator
 
 from tensorpeft.language.diagnostics import Findings
 from tensorpeft.language.grammar import parse_arithmetic, parse_selector
-from tensorpeft.language.nodes import Node, Scalar, Table
+from tensorpeft.language.nodes import MappingNode, Node, Scalar
 from tensorpeft.language.syntax import EVERYWHERE, Choice, Expression, Number, Selector
 
 
 def entries(node: Node | None, key: str, findings: Findings) -> Iterator[tuple[Selector, Scalar]]:
-    """The texts under a node, each with the sites that it is for; one by itself is for all of them.
+    """Pairs of a selector and the text that it has under a node; a text without a selector is for all sites.
 
     A selector that does not parse, or that a later one hides, is a finding under ``key``.
     """
     if isinstance(node, Scalar):
         yield EVERYWHERE, node
-    elif isinstance(node, Table):
+    elif isinstance(node, MappingNode):
         earlier: list[_Reach] = []
         for name, text in node.items:
             with findings.under(key):
@@ -46,7 +46,7 @@ def expression(node: Node | None, key: str, findings: Findings) -> Expression:
 
 
 class _Reach:
-    """What a selector fits, as far as its text tells."""
+    """The matrices and layers that a selector names. Patterns count as names: which modules they fit, only a model says."""
 
     def __init__(self, selector: Selector) -> None:
         self.selector = selector
@@ -54,7 +54,7 @@ class _Reach:
         self.layers = None if selector.layers is None else frozenset(selector.layers)
 
     def covers(self, other: _Reach) -> bool:
-        """Whether it fits all that another fits."""
+        """Whether every site of another selector is one of this selector's."""
         matrices = not self.matrices or (bool(other.matrices) and other.matrices <= self.matrices)
         layers = self.layers is None or (other.layers is not None and other.layers <= self.layers)
         return matrices and layers

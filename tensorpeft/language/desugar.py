@@ -1,22 +1,41 @@
-"""The update of a spec, written out or given as a shorthand, read into one form."""
+"""The update of a spec in one form: written out, given as a shorthand, or less its own start.
+
+``structure: matrix | cp | tucker | tt`` -> the update it stands for.
+
+With the modes a spec lists (by default ``matrix, layer, d_out, d_in``, and ``task`` in front where there are tasks):
+
+- ``matrix``: ``B[..., outputs, r] * A[..., r, inputs]``, one pair for every value of the remaining modes: LoRA's form;
+- ``cp``: a factor ``A_<mode>[mode, r]`` for each mode, all summed over the one bond ``r``;
+- ``tucker``: a core ``G[r_<mode>, ...]`` over one bond per mode, and ``A_<mode>[mode, r_<mode>]``;
+- ``tt``: a chain of cores ``G_<mode>[r1, mode, r2]`` in the order of the modes; the bonds are ``r1``, ``r2``, ...
+
+The factor that starts at zero carries the output: ``B``, or that of ``head_dim`` if listed, else of the last output
+mode.
+
+``start: subtract`` is the update less what it is at the start, so that it starts at zero: every product that is not zero there
+is written once more with the opposite sign, and each factor that it trains is replaced by a frozen copy of its first numbers:
+``B * A`` becomes ``B * A - B0 * A0``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
+from tensorpeft.language.checks.start import nonzero_products, origin
 from tensorpeft.language.choices import entries
 from tensorpeft.language.diagnostics import Findings
-from tensorpeft.language.errors import did_you_mean, listing
-from tensorpeft.language.grammar import parse_definition, parse_update
-from tensorpeft.language.nodes import Scalar, Table
-from tensorpeft.language.shorthand import expand, layout
-from tensorpeft.language.spec import BASE_WEIGHT
-from tensorpeft.language.syntax import Call, Definition, Reference, Update
+from tensorpeft.language.errors import clip, did_you_mean, fail, listing
+from tensorpeft.language.grammar import MAX_NAME, checked_update, parse_definition, parse_update
+from tensorpeft.language.keywords import KAIMING, LINEAR, TASK_MODE, ZEROS
+from tensorpeft.language.nodes import MappingNode, Scalar
+from tensorpeft.language.source import Span
+from tensorpeft.language.spec import BASE_WEIGHT, SIDES, FactorRule, Spec
+from tensorpeft.language.syntax import Call, Definition, Name, Product, Reference, Spectral, Update
 
 
 @dataclass(frozen=True)
-class Form:
+class WrittenUpdate:
     """The update, the bonds that a rank without a name sizes, and how the factors begin if nothing else is said."""
 
     update: Update
@@ -35,7 +54,7 @@ class Form:
         return found
 
 
-def read_form(table: Table, findings: Findings) -> Form | None:
+def read_update(table: MappingNode, findings: Findings) -> WrittenUpdate | None:
     """The form that a table gives, or None where it cannot be told; the findings say why."""
     update, structure = table.get("update"), table.scalar("structure")
     if update and structure:
@@ -54,7 +73,7 @@ def read_form(table: Table, findings: Findings) -> Form | None:
     return None
 
 
-def known_factor(factor: Scalar, form: Form, key: str, findings: Findings) -> Reference | None:
+def known_factor(factor: Scalar, form: WrittenUpdate, key: str, findings: Findings) -> Reference | None:
     """The reference of a factor that the spec speaks of; a finding under ``key`` if the update lacks it."""
     if factor.text == BASE_WEIGHT:
         findings.add(key, f"`{BASE_WEIGHT}` is the base weight, of which nothing is said here", factor.span)
@@ -64,13 +83,13 @@ def known_factor(factor: Scalar, form: Form, key: str, findings: Findings) -> Re
     return form.factors.get(factor.text)
 
 
-def _definitions(table: Table, findings: Findings) -> Iterator[Definition]:
+def _definitions(table: MappingNode, findings: Findings) -> Iterator[Definition]:
     for entry in table.scalars("modes"):
         with findings.under("modes"):
             yield parse_definition(entry)
 
 
-def _written(definitions: tuple[Definition, ...], table: Table, findings: Findings) -> Form | None:
+def _written(definitions: tuple[Definition, ...], table: MappingNode, findings: Findings) -> WrittenUpdate | None:
     for definition in definitions:
         if not definition.parts:
             message = f"found the mode `{definition}` alone; beside `update:`, `modes` lists definitions"
@@ -85,23 +104,24 @@ def _written(definitions: tuple[Definition, ...], table: Table, findings: Findin
     if "update" in findings.spoiled:
         return None
     update = Update(tuple(products), written.span if written else table.where("train"))
-    return Form(update, tuple(definition for definition in definitions if definition.parts))
+    return WrittenUpdate(update, tuple(definition for definition in definitions if definition.parts))
 
 
-def _shorthand(structure: Scalar, definitions: tuple[Definition, ...], table: Table, findings: Findings) -> Form:
+def _shorthand(
+    structure: Scalar, definitions: tuple[Definition, ...], table: MappingNode, findings: Findings
+) -> WrittenUpdate:
     span = table.where("modes") if "modes" in table else structure.span
-    modes = layout(definitions or None, "tasks" in table, span)
-    expansion = expand(structure.text, modes, span)
+    form = _expanded(structure.text, _listed(definitions or None, "tasks" in table, span), span)
     sizes = table.table("rank")
-    given = expansion.bonds if table.scalar("rank") or "budget" in sizes else tuple(sizes)
-    unsized = [bond for bond in expansion.bonds if bond not in given]
+    given = form.bonds if table.scalar("rank") or "budget" in sizes else tuple(sizes)
+    unsized = [bond for bond in form.bonds if bond not in given]
     if unsized and "rank" not in findings.spoiled:
         place = table.where("rank") if "rank" in table else structure.span
         findings.add("rank", f"`structure: {structure.text}` needs the rank of {listing(unsized)}", place)
-    return Form(expansion.update, modes.definitions, expansion.bonds, expansion.inits)
+    return form
 
 
-def _shared(form: Form, table: Table, findings: Findings) -> Form:
+def _shared(form: WrittenUpdate, table: MappingNode, findings: Findings) -> WrittenUpdate:
     """The form with the modes left out that ``share:`` names."""
     left_out: dict[str, set[str]] = {}
     for factor, _ in table.table("share").items:
@@ -118,3 +138,134 @@ def _shared(form: Form, table: Table, findings: Findings) -> Form:
 
     products = (replace(p, factors=tuple(map(shared, p.factors))) for p in form.update.products)
     return replace(form, update=replace(form.update, products=tuple(products)))
+
+
+_OUTPUTS = ("d_out", "head", "head_dim")
+_INPUTS = ("d_in", "width")
+
+
+@dataclass(frozen=True)
+class ListedModes:
+    """The modes of a shorthand in their order, each with its place, and which of them are output and input."""
+
+    modes: tuple[str, ...]
+    outputs: frozenset[str]
+    inputs: frozenset[str]
+    definitions: tuple[Definition, ...] = ()
+    spans: tuple[Span | None, ...] = ()
+
+    def span(self, mode: str) -> Span | None:
+        return dict(zip(self.modes, self.spans, strict=True))[mode]
+
+
+def _listed(entries: tuple[Definition, ...] | None, tasks: bool, span: Span | None) -> ListedModes:
+    """The modes that a shorthand lists.
+
+    A side that is defined by parts stands for its parts; a fused mode stands for itself.
+    """
+    if entries is None:
+        names = ("matrix", "layer", "d_out", "d_in")
+        entries = tuple(Definition(name, (), span) for name in ((TASK_MODE, *names) if tasks else names))
+    modes: dict[str, Span | None] = {}
+    parts: dict[str, set[str]] = {"d_out": set(_OUTPUTS), "d_in": set(_INPUTS)}
+    for entry in entries:
+        split = entry.name in SIDES and entry.parts
+        if split:
+            parts[entry.name].update(part.name for part in entry.parts)
+        for name in [part.name for part in entry.parts] if split else [entry.name]:
+            if name in modes:
+                raise fail(f"mode `{name}` is listed twice", entry.span)
+            modes[name] = entry.span
+    outputs, inputs = parts["d_out"] & modes.keys(), parts["d_in"] & modes.keys()
+    if not outputs or not inputs:
+        side, example = ("output", "`d_out`") if not outputs else ("input", "`d_in`")
+        message = f"`modes` lists no {side} mode; expected {example}, its parts, or `head`, `head_dim` and `width`"
+        raise fail(message, span)
+    defined = tuple(entry for entry in entries if entry.parts)
+    return ListedModes(tuple(modes), frozenset(outputs), frozenset(inputs), defined, tuple(modes.values()))
+
+
+def _expanded(structure: str, modes: ListedModes, span: Span | None) -> WrittenUpdate:
+    """The update of a structure over these modes; ``span`` is where a fault of the whole is shown."""
+    references, bonds = _STRUCTURES[structure](modes, span)
+    last = "head_dim" if "head_dim" in modes.modes else [mode for mode in modes.modes if mode in modes.outputs][-1]
+    other = LINEAR if structure == "matrix" else KAIMING
+    inits = {reference.factor: ZEROS if last in reference.modes else other for reference in references}
+    return WrittenUpdate(Update((Product(references, span=span),), span), modes.definitions, bonds, inits)
+
+
+_Expansion = tuple[tuple[Reference, ...], tuple[str, ...]]  # the factors of a product, and its bonds in order
+
+
+def _matrix(modes: ListedModes, span: Span | None) -> _Expansion:
+    common = [mode for mode in modes.modes if mode not in modes.outputs | modes.inputs]
+    outputs = [mode for mode in modes.modes if mode in modes.outputs]
+    inputs = [mode for mode in modes.modes if mode in modes.inputs]
+    return (Reference("B", (*common, *outputs, "r"), span), Reference("A", (*common, "r", *inputs), span)), ("r",)
+
+
+def _cp(modes: ListedModes, span: Span | None) -> _Expansion:
+    return tuple(Reference(f"A_{mode}", (mode, "r"), modes.span(mode)) for mode in modes.modes), ("r",)
+
+
+def _tucker(modes: ListedModes, span: Span | None) -> _Expansion:
+    bonds = tuple(f"r_{mode}" for mode in modes.modes)
+    pairs = zip(modes.modes, bonds, strict=True)
+    sides = (Reference(f"A_{mode}", (mode, bond), modes.span(mode)) for mode, bond in pairs)
+    return (Reference("G", bonds, span), *sides), bonds
+
+
+def _tt(modes: ListedModes, span: Span | None) -> _Expansion:
+    bonds = tuple(f"r{number}" for number in range(1, len(modes.modes)))
+    before, after = [(), *((bond,) for bond in bonds)], [*((bond,) for bond in bonds), ()]
+    chain = zip(before, modes.modes, after, strict=True)
+    return tuple(Reference(f"G_{mode}", (*left, mode, *right), modes.span(mode)) for left, mode, right in chain), bonds
+
+
+_STRUCTURES: dict[str, Callable[[ListedModes, Span | None], _Expansion]] = {
+    "matrix": _matrix,
+    "cp": _cp,
+    "tucker": _tucker,
+    "tt": _tt,
+}
+
+
+def subtract(spec: Spec) -> Spec:
+    """The spec with its first update subtracted, if it says so."""
+    if spec.start != "subtract":
+        return spec
+    rules = dict(spec.factors)
+    copies: dict[str, str] = {}
+    for name, rule in spec.factors:
+        if not rule.frozen:
+            copies[name] = _new_name(name, rules)
+            rules[copies[name]] = _copy(name, spec)
+    moving = nonzero_products(spec)
+    products: dict[object, list[Product]] = {product.at: [] for product in spec.update.products}
+    for product in spec.update.products:
+        products[product.at].append(product)
+    for product in moving:
+        references = (replace(ref, factor=copies.get(ref.factor, ref.factor)) for ref in product.factors)
+        products[product.at].append(replace(product, factors=tuple(references), sign=-product.sign))
+    written = Update(tuple(product for group in products.values() for product in group), spec.update.span)
+    update = checked_update(written, "update with what `start: subtract` adds")
+    carried = dict.fromkeys(reference.factor for product in update.products for reference in product.factors)
+    factors = tuple((name, rules[name]) for name in carried if name in rules)
+    return replace(spec, update=update, factors=factors, start="zero")
+
+
+def _new_name(name: str, taken: dict[str, FactorRule]) -> str:
+    copy = f"{name}0"
+    while copy in taken:
+        copy += "0"
+    if len(copy) > MAX_NAME:
+        message = f"`{clip(copy)}`, the frozen copy of `{clip(name)}`, has a name of more than {MAX_NAME} characters"
+        raise fail(f"{message}; expected a shorter name for the factor", taken[name].span)
+    return copy
+
+
+def _copy(name: str, spec: Spec) -> FactorRule:
+    inits = {factor: rule.init for factor, rule in spec.factors}
+    first = origin(name, inits)
+    stored = first is not None and isinstance(inits[first], Spectral)
+    return FactorRule(Call("start", (Name(name),)), frozen=True, stored=stored, span=spec.factor(name).span)

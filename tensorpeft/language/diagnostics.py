@@ -1,4 +1,4 @@
-"""What has been found wrong with a spec so far."""
+"""The problems found in a spec, collected while it is read, so that one run tells them all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from tensorpeft.language.errors import Problem, SpecError
-from tensorpeft.language.nodes import Path
+from tensorpeft.language.nodes import KeyPath
 from tensorpeft.language.source import Span
 
 
@@ -20,7 +20,7 @@ class Findings:
 
     problems: list[Problem] = field(default_factory=list)
     spoiled: set[str] = field(default_factory=set)
-    unreadable: set[Path] = field(default_factory=set)
+    unreadable: set[KeyPath] = field(default_factory=set)
 
     def add(self, key: str, message: str, span: Span | None) -> None:
         """One problem, under a top-level key."""

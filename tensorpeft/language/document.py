@@ -3,6 +3,8 @@
 PyYAML finds the structure (its events carry the marks); what the scalars mean is decided here, since its own rules read
 ``on`` as true, ``010`` as 8 and ``1e-3`` as a text. Refused, each with its place: duplicate keys, keys that are no
 text, tags, anchors and aliases, merge keys, several documents, and whatever is larger or deeper than a spec can be.
+
+A syntax error is told in plain words: a table has the sentence for each of PyYAML's complaints.
 """
 
 from __future__ import annotations
@@ -10,13 +12,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import yaml
 
 from tensorpeft.language.errors import Problem, SpecError, fail
-from tensorpeft.language.nodes import List, Node, Plain, Scalar, Table
+from tensorpeft.language.nodes import List, MappingNode, Node, Plain, Scalar
 from tensorpeft.language.source import Source, Span
-from tensorpeft.language.yaml_errors import syntax_problem
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 16
@@ -33,7 +35,7 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 _NOT_FINITE = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
-def parse_document(source: Source) -> Table:
+def parse_document(source: Source) -> MappingNode:
     """The one mapping that a spec file holds.
 
     Raises SpecError, located, for whatever is not such a file: all duplicate keys and odd scalars at once, or the first
@@ -42,7 +44,7 @@ def parse_document(source: Source) -> Table:
     root = _Composer(source, source.text).root()
     if root is None:
         raise fail("the file is empty; a spec begins with `tensorpeft: 1`", Span(source, 0, 1))
-    if not isinstance(root, Table):
+    if not isinstance(root, MappingNode):
         found = "a list" if isinstance(root, List) else "a single value"
         raise fail(f"found {found}; a spec is a mapping that begins with `tensorpeft: 1`", root.span)
     return root
@@ -67,6 +69,7 @@ class _Composer:
 
     def root(self) -> Node | None:
         """The only document's node; None if there is no document."""
+        # events rather than PyYAML's nodes: what is too deep or too much is refused before it is built
         if len(self.text.encode("utf-8", "replace")) > MAX_BYTES:
             message = f"a spec has at most {MAX_BYTES // 1024} KiB of text; this one has more"
             raise fail(message, Span(self.source, 0, 1))
@@ -128,7 +131,7 @@ class _Composer:
             items.append(self._node(event, depth + 1))
         return List(tuple(items), self._whole(start, event))
 
-    def _table(self, start: yaml.Event, depth: int) -> Table:
+    def _table(self, start: yaml.Event, depth: int) -> MappingNode:
         items: list[tuple[Scalar, Node]] = []
         first: dict[str, Scalar] = {}
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
@@ -140,7 +143,7 @@ class _Composer:
                 continue
             first[key.text] = key
             items.append((key, value))
-        return Table(tuple(items), self._whole(start, event))
+        return MappingNode(tuple(items), self._whole(start, event))
 
     def _whole(self, start: yaml.Event, end: yaml.Event) -> Span:
         return Span(self.source, start.start_mark.index, end.end_mark.index)
@@ -171,7 +174,7 @@ class _Composer:
         return Scalar(value, event.value, span, Span(self.source, start, end))
 
     def _plain(self, text: str, span: Span) -> Plain:
-        """What an unquoted scalar stands for."""
+        """The value of an unquoted scalar; a number that cannot be meant is a problem, and reads as 0."""
         if _NULL.fullmatch(text):
             return None
         if _TRUE.fullmatch(text) or _FALSE.fullmatch(text):
@@ -195,3 +198,82 @@ class _Composer:
     def _odd(self, message: str, span: Span) -> int:
         self.problems.append(Problem(message, span))
         return 0
+
+
+@dataclass(frozen=True)
+class _Complaint:
+    """``problem`` (and ``context``, where given) is part of PyYAML's text; ``start`` points at where the context began.
+
+    ``{}`` in the sentence stands for the character at the place pointed at.
+    """
+
+    problem: str
+    sentence: str
+    start: bool = False
+    context: str = ""
+
+
+_CASES = (
+    _Complaint("found character '\\t'", "a tab stands where spaces are expected; YAML indents with spaces"),
+    _Complaint("that cannot start any token", "{} cannot begin a value; put the text in quotes"),
+    _Complaint("could not find expected ':'", "expected `:` after this key", start=True),
+    _Complaint(
+        "mapping values are not allowed", "a second `:` on one line; put the value in quotes or on its own line"
+    ),
+    _Complaint("sequence entries are not allowed", "a list entry cannot begin here; put `-` on a line of its own"),
+    _Complaint("mapping keys are not allowed", "a key cannot begin here"),
+    _Complaint(
+        "expected alphabetic or numeric", "`*` begins an alias in YAML; put the pattern in quotes", True, "alias"
+    ),
+    _Complaint(
+        "expected alphabetic or numeric", "`&` begins an anchor in YAML; put the text in quotes", True, "anchor"
+    ),
+    _Complaint("unexpected end of stream", "this quote is never closed", True, "quoted scalar"),
+    _Complaint("unexpected document separator", "this quote is never closed", True, "quoted scalar"),
+    _Complaint("found '<stream end>'", "expected a value; the file ends"),
+    _Complaint("got '<stream end>'", "this `[` is never closed", True, "flow sequence"),
+    _Complaint("got '<stream end>'", "this `{` is never closed", True, "flow mapping"),
+    _Complaint("got '['", "found {} inside a value; put a text with brackets in quotes"),
+    _Complaint("got '{'", "found {} inside a value; put a text with braces in quotes"),
+    _Complaint("expected ',' or ']'", "expected `,` or `]` in this list"),
+    _Complaint("expected ',' or '}'", "expected `,` or `}` in this mapping"),
+    _Complaint(
+        "expected <block end>", "the indentation fits no line above; entries of one mapping begin in one column"
+    ),
+    _Complaint("expected the node content", "expected a value; found {}"),
+    _Complaint("unknown escape character", "unknown escape after `\\`; single quotes take a text as it is"),
+    _Complaint("expected escape sequence", "this escape is not complete; single quotes take a text as it is"),
+    _Complaint("indentation indicator", "after `|` or `>` comes the end of the line"),
+    _Complaint("expected a comment or a line break", "after `|` or `>` comes the end of the line"),
+    _Complaint("expected '<document start>'", "expected the next key, in the column of the first; found {}"),
+    _Complaint("directive", "`%` begins a YAML directive, which a spec may not use"),
+    _Complaint("YAML document", "`%` begins a YAML directive, which a spec may not use"),
+    _Complaint("tag handle", "`!` begins a tag, which a spec may not use", True),
+    _Complaint("", "`!` begins a tag, which a spec may not use", True, "tag"),
+    _Complaint("", "`%` begins a YAML directive, which a spec may not use", True, "directive"),
+)
+_UNKNOWN = _Complaint("", "this is not YAML")
+
+
+def syntax_problem(source: Source, error: Exception) -> Problem:
+    """The sentence for an error that PyYAML raised, at its place."""
+    if isinstance(error, yaml.reader.ReaderError):
+        code = error.character if isinstance(error.character, int) else ord(error.character)
+        return Problem(f"the character U+{code:04X} may not stand in YAML", _at(source, error.position))
+    if not isinstance(error, yaml.MarkedYAMLError):
+        found = re.search(r"\\U[0-9a-fA-F]{8}|^%", source.text, re.MULTILINE)
+        return Problem("this is out of range for a character or a version", _at(source, found.start() if found else 0))
+    problem, context = error.problem or "", error.context or ""
+    case = next((c for c in _CASES if c.problem in problem and c.context in context), _UNKNOWN)
+    mark = (error.context_mark if case.start else None) or error.problem_mark or error.context_mark
+    span = _at(source, mark.index if mark else 0)
+    character = source.text[span.start : span.end]
+    plain = character.isprintable() and character != "`"
+    shown = f"`{character}`" if plain else f"the character U+{ord(character):04X}"
+    return Problem(case.sentence.replace("{}", shown), span)
+
+
+def _at(source: Source, index: int) -> Span:
+    """The character at an index, or the last one before the end."""
+    index = min(index, max(0, len(source.text.rstrip()) - 1))
+    return Span(source, index, min(index + 1, len(source.text)))

@@ -36,6 +36,10 @@ class AdapterError(TensorpeftError):
     """A call that does not fit the state an adapter is in."""
 
 
+class InternalError(RuntimeError):
+    """A value of the compiler that contradicts itself: a fault of this library, not of what it was given."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """One sentence about one place of a spec."""
@@ -75,7 +79,11 @@ def fail(message: str, span: Span | None = None) -> SpecError:
 
 
 def did_you_mean(found: str, known: Iterable[str]) -> str:
-    """``"; did you mean `x`?"`` for the nearest known name, or nothing."""
+    """A question to end a message with, or nothing where no known name is near.
+
+    >>> did_you_mean("lyaer", ["layer", "head"])
+    '; did you mean `layer`?'
+    """
     near = nearest(found, known)
     return f"; did you mean `{near}`?" if near else ""
 

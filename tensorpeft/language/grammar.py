@@ -38,7 +38,12 @@ _OPERATORS = {"add": "+", "subtract": "-", "multiply": "*", "divide": "/", "rais
 
 
 def parse_update(text: Scalar) -> Update:
-    """``b[matrix, layer, d_out] * B[d_out, r] - ...``; raises SpecError at the first thing that does not fit."""
+    """Sums and differences of products of factors; raises SpecError at the first thing that does not fit.
+
+    >>> from tensorpeft.language.nodes import literal
+    >>> [(product.sign, str(product)) for product in parse_update(literal("B[d_out, r] * A[r, d_in] - v[d_in]")).products]
+    [(1, 'B[d_out, r] * A[r, d_in]'), (-1, 'v[d_in]')]
+    """
     tree = parse(parsing.UPDATE, text)
     sign, products = 1, []
     for child in tree.children:
@@ -65,7 +70,12 @@ def parse_reference(text: Scalar) -> Reference:
 
 
 def parse_definition(text: Scalar) -> Definition:
-    """``slot = layer * matrix``; a mode's name alone is a definition without parts."""
+    """A mode as a product of parts; a mode's name alone is a definition without parts.
+
+    >>> from tensorpeft.language.nodes import literal
+    >>> [str(part) for part in parse_definition(literal("d_out = i1(2 * 4) * i2")).parts]
+    ['i1(2 * 4)', 'i2']
+    """
     name, *parts = parse(parsing.DEFINITION, text).children
     return Definition(str(name), tuple(_part(node, text) for node in parts), text.span)
 
@@ -82,14 +92,25 @@ def parse_call(text: Scalar) -> Call:
 
 
 def parse_arithmetic(text: Scalar) -> Expression:
-    """A number, or an expression over sizes; YAML numbers are numbers already."""
+    """A number, or an expression over sizes; YAML numbers are numbers already.
+
+    >>> from tensorpeft.language.nodes import literal
+    >>> parse_arithmetic(literal("-2 ** 2 + d_in / r")).evaluate({"d_in": 64, "r": 8})
+    4.0
+    """
     if isinstance(text.value, int | float):
         return Number(text.value, text.span)
     return _expression(parse(parsing.ARITHMETIC, text), text)
 
 
 def parse_selector(text: Scalar) -> Selector:
-    """``query, value layers 0-3, 7``; ``*`` is every matrix."""
+    """The matrices and layers that an entry is for; ``*`` is every matrix.
+
+    >>> from tensorpeft.language.nodes import literal
+    >>> found = parse_selector(literal("query, value layers 0-3, 7"))
+    >>> found.matrices, found.layers
+    (('query', 'value'), (0, 1, 2, 3, 7))
+    """
     found: dict[str, Tree] = {_rule(tree): tree for tree in parse(parsing.SELECTOR, text).children}
     names = [str(name) for name in found["names"].children] if "names" in found else []
     runs = [_layers(node, text) for node in found["layers"].children] if "layers" in found else []
@@ -183,8 +204,8 @@ def _layers(tree: Tree, text: Scalar) -> range:
 
 
 def _rule(tree: Tree) -> str:
-    """A rule's name; imported rules carry the name of their file in front."""
-    return str(tree.data).rsplit("__", 1)[-1]
+    """A rule's name."""
+    return str(tree.data)
 
 
 def _expression(tree: Tree, text: Scalar) -> Expression:

@@ -20,7 +20,7 @@ BUILT_IN_MODES = (*SITE_MODES, TASK_MODE, *SIDES, *STRUCTURAL_MODES)
 
 @dataclass(frozen=True)
 class Signature:
-    """What stands in the brackets of a call: values in order, and named options."""
+    """The arguments that a call takes: values in order, and named options."""
 
     values: tuple[str, ...] = ()
     options: tuple[str, ...] = ()
@@ -49,8 +49,6 @@ MASK_RULES = {  # each takes options besides: a matrix and its own value
 }
 SCORED = ("top", "sample")  # the rules that read the file under `scores`
 TRAINABLE = ("biases", "norms", "head")  # what `train` names of the base, besides patterns
-BUDGET = "budget"  # among the bonds of `rank`: how many numbers are trained at most
-INPUT = "x"  # of a site, for `dropout`
 
 ZEROS, ONES, IDENTITY = Call("zeros"), Call("ones"), Call("identity")
 KAIMING = Call("kaiming_uniform")

@@ -6,17 +6,17 @@ from os import PathLike, fspath, sep
 from pathlib import Path
 
 from tensorpeft.language.checks.soundness import check_spec
+from tensorpeft.language.desugar import subtract
 from tensorpeft.language.diagnostics import Findings
 from tensorpeft.language.document import MAX_BYTES, parse_document
 from tensorpeft.language.errors import clip, did_you_mean, fail, listing
-from tensorpeft.language.nodes import Table
+from tensorpeft.language.nodes import MappingNode
 from tensorpeft.language.overrides import Override, apply_overrides, from_value
 from tensorpeft.language.reader import read_spec
 from tensorpeft.language.schema import validate
 from tensorpeft.language.shipped import method_path, method_paths
 from tensorpeft.language.source import Source, Span
 from tensorpeft.language.spec import Spec
-from tensorpeft.language.subtract import subtract
 
 
 def load_spec(what: str | PathLike[str], *overrides: Override, **values: object) -> Spec:
@@ -27,6 +27,11 @@ def load_spec(what: str | PathLike[str], *overrides: Override, **values: object)
     ``layers`` for those of ``target``; ``rank=4`` sizes the bond ``r`` where there is one, else every bond; None takes
     a key away. Positional overrides come from ``parse_override``.
 
+    >>> str(load_spec("lora", rank=4).update)
+    'B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in]'
+    >>> load_spec("lora", rank={"budget": "20k"}).budget
+    20000
+
     Raises SpecError with every independent problem, each at its place in the text or in an override.
     """
     source = find_source(what)
@@ -35,7 +40,7 @@ def load_spec(what: str | PathLike[str], *overrides: Override, **values: object)
     return compile_table(apply_overrides(table, given), source)
 
 
-def compile_table(table: Table, source: Source) -> Spec:
+def compile_table(table: MappingNode, source: Source) -> Spec:
     """The spec that a node tree says; raises SpecError with all its problems."""
     findings = Findings()
     validate(table, findings)

@@ -1,10 +1,11 @@
-"""What the names in a spec are: its bonds, its modes and their parts, the factors that carry them."""
+"""Look-ups of the names in a spec: its bonds, its modes and their parts, the factors that carry them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from tensorpeft.language.keywords import BUILT_IN_MODES, SIZE_NAMES, TASK_MODE
+from tensorpeft.language.modes import inside
 from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
 from tensorpeft.language.syntax import Definition, Reference, Spectral
 
@@ -15,7 +16,7 @@ def bonds(spec: Spec) -> tuple[str, ...]:
 
 
 def sizes(spec: Spec) -> tuple[str, ...]:
-    """What arithmetic may speak of: bonds, parts of the sides, and what the model has a size of."""
+    """The names that arithmetic may use: bonds, parts of the sides, and sizes of the model."""
     parts = (part.name for definition in spec.modes for part in definition.parts)
     return (*bonds(spec), *dict.fromkeys(part for part in parts if part in side_parts(spec.modes)), *SIZE_NAMES)
 
@@ -30,21 +31,6 @@ def first_modes(spec: Spec) -> dict[str, tuple[str, ...]]:
     found: dict[str, tuple[str, ...]] = {}
     for reference in references(spec):
         found.setdefault(reference.factor, reference.modes)
-    return found
-
-
-def inside(definitions: Iterable[Definition], modes: Iterable[str]) -> set[str]:
-    """These modes, the parts of those that are defined, the parts of these, and so on."""
-    parts: dict[str, list[str]] = {}
-    for definition in definitions:
-        parts.setdefault(definition.name, []).extend(part.name for part in definition.parts)
-    found: set[str] = set()
-    ahead = [*modes]
-    while ahead:
-        mode = ahead.pop()
-        if mode not in found:
-            found.add(mode)
-            ahead += parts.get(mode, ())
     return found
 
 
@@ -64,7 +50,7 @@ def known_modes(spec: Spec) -> set[str]:
 
 
 def atoms(spec: Spec, modes: Iterable[str]) -> frozenset[str]:
-    """What these modes come down to: a defined one to its parts, the others to themselves."""
+    """The atoms of these modes: a defined mode is replaced by its parts, and these by theirs."""
     return frozenset(inside(spec.modes, modes) - {definition.name for definition in spec.modes})
 
 

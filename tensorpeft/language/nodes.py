@@ -27,7 +27,7 @@ class Scalar:
         return self.value
 
     def part(self, start: int, end: int) -> Span:
-        """Where the characters ``[start, end)`` of ``text`` are written; the whole scalar where that cannot be told."""
+        """The span of the characters ``[start, end)`` of ``text``; the whole scalar's where escapes hide it."""
         if not self._offsets:
             return self.span
         after = self._offsets[-1] + 1
@@ -62,7 +62,7 @@ class List:
 
 
 @dataclass(frozen=True)
-class Table:
+class MappingNode:
     """A mapping from texts to nodes, in the order written."""
 
     items: tuple[tuple[Scalar, Node], ...]
@@ -95,50 +95,50 @@ class Table:
         node = self.get(key)
         return tuple(item for item in node.items if isinstance(item, Scalar)) if isinstance(node, List) else ()
 
-    def table(self, key: str) -> Table:
+    def table(self, key: str) -> MappingNode:
         """The mapping under a key, an empty one if there is none."""
         node = self.get(key)
-        return node if isinstance(node, Table) else Table((), self.span)
+        return node if isinstance(node, MappingNode) else MappingNode((), self.span)
 
     def where(self, key: str) -> Span:
-        """Where a key is written; the first key's place if this one is not there."""
+        """The span of a key; the first key's if this one is missing."""
         if key in self._entries:
             return self._entries[key][0].span
         return self.items[0][0].span if self.items else self.span
 
     def place(self, key: str, name: str) -> Span:
-        """Where a name of the mapping under a key is written; the value's place where it is no mapping."""
+        """The span of a name in the mapping under a key; the value's if it is no mapping."""
         node = self.get(key)
-        return node.where(name) if isinstance(node, Table) else node.span if node else self.where(key)
+        return node.where(name) if isinstance(node, MappingNode) else node.span if node else self.where(key)
 
-    def put(self, key: Scalar, value: Node) -> Table:
+    def put(self, key: Scalar, value: Node) -> MappingNode:
         """This table with one entry replaced in its place, or added at the end."""
         if key.text not in self:
-            return Table((*self.items, (key, value)), self.span)
-        return Table(tuple((k, value if k.text == key.text else v) for k, v in self.items), self.span)
+            return MappingNode((*self.items, (key, value)), self.span)
+        return MappingNode(tuple((k, value if k.text == key.text else v) for k, v in self.items), self.span)
 
-    def drop(self, key: str) -> Table:
+    def drop(self, key: str) -> MappingNode:
         """This table without one of its entries."""
-        return Table(tuple((k, v) for k, v in self.items if k.text != key), self.span)
+        return MappingNode(tuple((k, v) for k, v in self.items if k.text != key), self.span)
 
 
-Node = Scalar | List | Table
-Path = tuple[str | int, ...]  # keys and places in lists, from the root
+Node = Scalar | List | MappingNode
+KeyPath = tuple[str | int, ...]  # keys and places in lists, from the root
 
 
-def pruned(table: Table, paths: Iterable[Path]) -> Table:
+def pruned(table: MappingNode, paths: Iterable[KeyPath]) -> MappingNode:
     """The table without what stands at these places."""
-    under: dict[str, list[Path]] = {}
+    under: dict[str, list[KeyPath]] = {}
     for first, *rest in filter(None, paths):
         under.setdefault(str(first), []).append(tuple(rest))
     kept = ((key, _without(value, under.get(key.text, []))) for key, value in table.items)
-    return Table(tuple((key, value) for key, value in kept if value is not None), table.span)
+    return MappingNode(tuple((key, value) for key, value in kept if value is not None), table.span)
 
 
-def _without(node: Node, paths: list[Path]) -> Node | None:
+def _without(node: Node, paths: list[KeyPath]) -> Node | None:
     if () in paths:
         return None
-    if isinstance(node, Table) and paths:
+    if isinstance(node, MappingNode) and paths:
         return pruned(node, paths)
     if isinstance(node, List) and paths:
         gone = {path[0] for path in paths}

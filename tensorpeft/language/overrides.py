@@ -1,4 +1,4 @@
-"""What a caller says over a spec's text: keyword arguments, and ``--set key=value`` of the command line.
+"""Keys that a caller sets over a spec's text: keyword arguments, and ``--set key=value`` of the command line.
 
 An override is a node like any other, with a source of its own, so that an error in it is shown there.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from tensorpeft.language.document import MAX_DEPTH, parse_value
 from tensorpeft.language.errors import clip, fail
-from tensorpeft.language.keywords import BUDGET, INPUT
-from tensorpeft.language.nodes import List, Node, Scalar, Table
+from tensorpeft.language.nodes import List, MappingNode, Node, Scalar
 from tensorpeft.language.source import Source, Span
+from tensorpeft.language.spec import BUDGET, INPUT
 
 _IN_TARGET = ("matrices", "exclude", "layers")  # keys of `target:` that may be given by themselves
 
@@ -45,7 +45,7 @@ def from_value(key: str, value: object) -> Override:
     return Override(_path(key, source), _node(value, Span(source, len(key) + 1, len(text)), 0))
 
 
-def apply_overrides(table: Table, overrides: Iterable[Override]) -> Table:
+def apply_overrides(table: MappingNode, overrides: Iterable[Override]) -> MappingNode:
     """The table with every override put in its place, in order.
 
     A mapping extends a mapping, or a value that is for every site; anything else replaces what was there. A rank without a
@@ -62,7 +62,9 @@ def apply_overrides(table: Table, overrides: Iterable[Override]) -> Table:
     return table
 
 
-def _in_target(path: tuple[Scalar, ...], table: Table, value: Node) -> tuple[tuple[Scalar, ...], Table, Node]:
+def _in_target(
+    path: tuple[Scalar, ...], table: MappingNode, value: Node
+) -> tuple[tuple[Scalar, ...], MappingNode, Node]:
     """``matrices`` is ``target.matrices``, one pattern is a list of one, and ``all-linear`` can be extended."""
     if path[0].text in _IN_TARGET:
         path = (_key("target", path[0].span), *path)
@@ -70,49 +72,49 @@ def _in_target(path: tuple[Scalar, ...], table: Table, value: Node) -> tuple[tup
     if last in _IN_TARGET and isinstance(value, Scalar) and value.value is not None:
         value = List((value,), value.span)
     target = table.get("target")
-    if isinstance(target, Scalar) and (len(path) > 1 or isinstance(value, Table)):
-        whole = Table(((_key("matrices", target.span), List((target,), target.span)),), target.span)
+    if isinstance(target, Scalar) and (len(path) > 1 or isinstance(value, MappingNode)):
+        whole = MappingNode(((_key("matrices", target.span), List((target,), target.span)),), target.span)
         table = table.put(_key("target", table.where("target")), whole)
     return path, table, value
 
 
-def _in_rank(path: tuple[Scalar, ...], table: Table, value: Node) -> tuple[Table, Node]:
+def _in_rank(path: tuple[Scalar, ...], table: MappingNode, value: Node) -> tuple[MappingNode, Node]:
     """A size by itself is that of ``r``, or of every bond that is not as large as another mode.
 
     A budget takes the place of these sizes, and they that of a budget.
     """
     present = table.get("rank")
-    if not isinstance(present, Table) or _is_empty(value):
+    if not isinstance(present, MappingNode) or _is_empty(value):
         return table, value
     sized = [key for key in present if key != BUDGET]
     own = [bond for bond in sized if not str(getattr(present.get(bond), "value", "")).isidentifier()]
     meant = ["r"] if "r" in sized else own
-    if path[-1].text == BUDGET or (isinstance(value, Table) and BUDGET in value):
+    if path[-1].text == BUDGET or (isinstance(value, MappingNode) and BUDGET in value):
         return table.put(
-            path[0], Table(tuple(item for item in present.items if item[0].text not in meant), present.span)
+            path[0], MappingNode(tuple(item for item in present.items if item[0].text not in meant), present.span)
         ), value
-    if len(path) > 1 or isinstance(value, Table):
+    if len(path) > 1 or isinstance(value, MappingNode):
         return table, value
     if BUDGET in present:
         table, meant = table.put(path[0], present.drop(BUDGET)), ["r"] if sized else []
     sizes = tuple((_key(bond, present.where(bond)), value) for bond in meant)
-    return table, Table(sizes, present.span) if sizes else value
+    return table, MappingNode(sizes, present.span) if sizes else value
 
 
-def _put(table: Table, path: tuple[Scalar, ...], value: Node, above: tuple[str, ...]) -> Table:
+def _put(table: MappingNode, path: tuple[Scalar, ...], value: Node, above: tuple[str, ...]) -> MappingNode:
     """The table, which stands under the keys ``above``, with a value at a path inside it."""
     key, *rest = path
     here = (*above, key.text)
     present = table.get(key.text)
     single = _single(here)
-    if single and isinstance(present, Scalar) and (rest or isinstance(value, Table)):
-        present = Table(((_key(single, present.span), present),), present.span)
+    if single and isinstance(present, Scalar) and (rest or isinstance(value, MappingNode)):
+        present = MappingNode(((_key(single, present.span), present),), present.span)
     if rest:
-        inner = present if isinstance(present, Table) else Table((), key.span)
+        inner = present if isinstance(present, MappingNode) else MappingNode((), key.span)
         return table.put(key, _put(inner, tuple(rest), value, here))
     if _is_empty(value):
         return table.drop(key.text)
-    if isinstance(present, Table) and isinstance(value, Table):
+    if isinstance(present, MappingNode) and isinstance(value, MappingNode):
         for inner_key, inner_value in value.items:
             present = _put(present, (inner_key,), inner_value, here)
         return table.put(key, present)
@@ -120,7 +122,7 @@ def _put(table: Table, path: tuple[Scalar, ...], value: Node, above: tuple[str, 
 
 
 def _single(keys: tuple[str, ...]) -> str | None:
-    """What a value by itself stands for, where a mapping can stand in its place."""
+    """The name under which a single value stands, where a mapping can take its place."""
     match keys:
         case ("dropout",):
             return INPUT
@@ -156,7 +158,9 @@ def _node(value: object, span: Span, depth: int) -> Node:
         body = Span(span.source, span.start + 1, span.end - 1) if isinstance(value, str) else span
         return Scalar(value, str(value), span, body)
     if isinstance(value, Mapping):
-        return Table(tuple((_key(str(key), span), _node(entry, span, depth + 1)) for key, entry in value.items()), span)
+        return MappingNode(
+            tuple((_key(str(key), span), _node(entry, span, depth + 1)) for key, entry in value.items()), span
+        )
     if isinstance(value, list | tuple | range):
         return List(tuple(_node(entry, span, depth + 1) for entry in value), span)
     kind = type(value).__name__

@@ -38,10 +38,10 @@ class Language:
 
 UPDATE = Language("update", "update", "update", 2 * MAX_UPDATE, nests=False)
 REFERENCE = Language("update", "reference", "factor with its modes", 256)
-DEFINITION = Language("modes", "definition", "mode", 512)
-INIT = Language("call", "init", "initialiser", 2048)
-CALL = Language("call", "call", "mask rule", 2048)
-ARITHMETIC = Language("arithmetic", "sum", "number or expression", 512)
+DEFINITION = Language("expressions", "definition", "mode", 512)
+INIT = Language("expressions", "init", "initialiser", 2048)
+CALL = Language("expressions", "call", "mask rule", 2048)
+ARITHMETIC = Language("expressions", "sum", "number or expression", 512)
 SELECTOR = Language("selector", "selector", "choice of sites", 2048, nests=False)
 _LANGUAGES = (UPDATE, REFERENCE, DEFINITION, INIT, CALL, ARITHMETIC, SELECTOR)
 
@@ -75,7 +75,8 @@ def parse(language: Language, text: Scalar) -> Tree:
 
 
 def _expected(parser: lark.Lark, language: Language, text: str, end: int) -> str:
-    """What could stand at ``end``, where the text stops making sense, in words."""
+    """The words that the grammar accepts at ``end``, where the text stops making sense."""
+    # what lark's error calls expected depends on its lexer's state, and lists words that would fail one step later
     steps = parser.parse_interactive(text, start=language.start)
     with suppress(lark.UnexpectedInput):
         for token in steps.iter_parse():

@@ -3,37 +3,45 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from functools import cache
 from typing import Any
 
 from tensorpeft.language.diagnostics import Findings
 from tensorpeft.language.errors import clip, did_you_mean, listing, nearest
-from tensorpeft.language.nodes import List, Node, Scalar, Table
+from tensorpeft.language.nodes import List, MappingNode, Node, Scalar
 from tensorpeft.language.shipped import grammar_path
 
 
 @cache
 def _validator() -> Any:
-    """The schema's validator, with whole numbers meant strictly: `4.0` is none, nor is `true`."""
-    from jsonschema import Draft202012Validator, validators  # late: a tenth of a second to import
+    """The schema's validator, with whole numbers meant strictly (`4.0` is none, nor is `true`), and patterns too.
+
+    In JSON Schema `$` is the very end of a text, as in ECMAScript; Python's `$` stands before a last line break as well.
+    """
+    from jsonschema import Draft202012Validator, ValidationError, validators  # late: a tenth of a second to import
+
+    def fits(_: object, pattern: str, text: object, schema: object) -> Iterator[ValidationError]:
+        if isinstance(text, str) and not re.search(pattern.replace("$", r"\Z"), text):
+            yield ValidationError(f"{text!r} does not match {pattern!r}")
 
     integers = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    strict = validators.extend(Draft202012Validator, type_checker=integers)
+    strict = validators.extend(Draft202012Validator, {"pattern": fits}, type_checker=integers)
     return strict(json.loads(grammar_path("spec.schema.json").read_text(encoding="utf-8")))
 
 
-def validate(table: Table, findings: Findings) -> None:
+def validate(table: MappingNode, findings: Findings) -> None:
     """Add every departure from the schema to the findings."""
     for error in _validator().iter_errors(table.plain()):
         path = list(error.absolute_path)
         node = _descend(table, path)
         findings.unreadable.update(_unreadable(error, path))
-        if isinstance(node, Table) and error.validator == "additionalProperties":
+        if isinstance(node, MappingNode) and error.validator == "additionalProperties":
             _unknown_keys(node, path, error.schema, findings)
-        elif isinstance(node, Table) and error.validator == "required":
+        elif isinstance(node, MappingNode) and error.validator == "required":
             _missing_keys(node, path, error.schema, findings)
-        elif isinstance(node, Table) and "propertyNames" in error.schema_path:
+        elif isinstance(node, MappingNode) and "propertyNames" in error.schema_path:
             message = f"`{clip(error.instance)}`{_inside(path)} is no name; expected {error.schema['description']}"
             findings.add(str(path[0]), message, node.where(error.instance))
         else:
@@ -55,17 +63,17 @@ def _descend(node: Node, path: list[str | int]) -> Node:
     for step in path:
         if isinstance(node, List):
             node = node.items[int(step)]
-        elif isinstance(node, Table):
+        elif isinstance(node, MappingNode):
             node = node.get(str(step)) or node
     return node
 
 
-def _nearest_keys(node: Table, known: Iterable[str]) -> dict[str, str | None]:
+def _nearest_keys(node: MappingNode, known: Iterable[str]) -> dict[str, str | None]:
     """The keys that nothing is known of, and which known key each is most like."""
     return {key: nearest(key, known) for key in node if key not in known}
 
 
-def _unknown_keys(node: Table, path: list[str | int], schema: dict[str, Any], findings: Findings) -> None:
+def _unknown_keys(node: MappingNode, path: list[str | int], schema: dict[str, Any], findings: Findings) -> None:
     known = schema["properties"]
     for key, meant in _nearest_keys(node, known).items():
         hint = did_you_mean(key, known) or f"; expected one of {listing(known, 30)}"
@@ -74,7 +82,7 @@ def _unknown_keys(node: Table, path: list[str | int], schema: dict[str, Any], fi
         )
 
 
-def _missing_keys(node: Table, path: list[str | int], schema: dict[str, Any], findings: Findings) -> None:
+def _missing_keys(node: MappingNode, path: list[str | int], schema: dict[str, Any], findings: Findings) -> None:
     known = schema["properties"]
     meant = _nearest_keys(node, known).values()
     for key in schema["required"]:
@@ -102,7 +110,8 @@ def _found(node: Node) -> str:
         if node.value is None:
             return "empty"
         if isinstance(node.value, str):
-            return f"the text `{clip(node.value)}`" if node.value else "an empty text"
+            broken = " with a line break" if "\n" in node.value else ""
+            return f"the text `{clip(node.value)}`{broken}" if node.value else "an empty text"
         return f"`{clip(node.text)}`"
     if isinstance(node, List):
         return f"a list of length {len(node.items)}" if node.items else "an empty list"

@@ -1,4 +1,4 @@
-"""Where the grammars and the shipped specs are: beside the package in a checkout, inside it in a wheel."""
+"""Paths of the grammars and the shipped specs: beside the package in a checkout, inside it in a wheel."""
 
 from __future__ import annotations
 

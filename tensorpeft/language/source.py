@@ -1,4 +1,4 @@
-"""Where a piece of text came from: the ground of every located error."""
+"""Texts and stretches of them: an error is shown at the span that it is about."""
 
 from __future__ import annotations
 

@@ -91,9 +91,10 @@ class Operation:
             case "*":
                 return a * b
             case "/":
+                # exact quotients stay integers, so that sizes beyond 2 ** 53 are not rounded
                 return a // b if isinstance(a, int) and isinstance(b, int) and a % b == 0 else a / b
             case _:
-                return math.pow(a, b)
+                return math.pow(a, b)  # `**` would give complex numbers, or integers without end
 
     @property
     def names(self) -> frozenset[str]:
@@ -109,7 +110,7 @@ class Operation:
 def _bracketed(operand: Expression, precedence: int, sign: bool) -> str:
     """An operand, in brackets where it binds less tightly than ``precedence``, or has a sign that must stay with it."""
     loose = isinstance(operand, Operation) and _PRECEDENCE[operand.op] < precedence
-    signed = sign and isinstance(operand, Number) and operand.value < 0
+    signed = sign and isinstance(operand, Number) and math.copysign(1, operand.value) < 0  # that of -0.0 too
     return f"({operand})" if loose or signed else str(operand)
 
 
@@ -160,7 +161,11 @@ EVERYWHERE = Selector()
 
 
 def ranges(numbers: Iterable[int]) -> str:
-    """``0-3, 7``."""
+    """Numbers as runs.
+
+    >>> ranges([7, 0, 1, 2, 3])
+    '0-3, 7'
+    """
     runs: list[list[int]] = []
     for number in sorted(numbers):
         if runs and number == runs[-1][-1] + 1:

@@ -6,22 +6,24 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from tensorpeft.language.errors import ModelError, did_you_mean, listing
-from tensorpeft.language.shipped import data_folder
-from tensorpeft.model.config import Sizes
-from tensorpeft.model.family import Architecture, architecture, put, read_yaml
+from tensorpeft.model.config import ConfigSizes
+from tensorpeft.model.family import Architecture, architecture, put
 from tensorpeft.model.shape import Linear, ModelShape, Parameter
 from tensorpeft.model.sites import resolve
+from tensorpeft.model.tables import FOLDER, read_table
 
 MAX_BYTES = 4 * 2**20  # of a config.json
 
 
+@cache
 def cards() -> tuple[str, ...]:
     """The names of the model cards that ship."""
-    return tuple(sorted(path.stem for path in (data_folder("specs") / "models").glob("*.yaml")))
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 
 def model_shape(model: str | Path | Mapping[str, Any]) -> ModelShape:
@@ -36,13 +38,26 @@ def model_shape(model: str | Path | Mapping[str, Any]) -> ModelShape:
     if isinstance(model, Mapping):
         return _shape(str(model.get("_name_or_path") or model.get("model_type")), model, "config")
     if isinstance(model, str) and model in cards():
-        path = data_folder("specs") / "models" / f"{model}.yaml"
-        return _shape(model, read_yaml(path), path.name)
+        path = FOLDER / f"{model}.yaml"
+        card = read_table(path, "card")
+        _refuse_unread(card, path.name)
+        return _shape(model, card, path.name)
     file = _config_file(Path(model))
     if file is None:
         known = f"the cards are {listing(cards(), 40)}{did_you_mean(str(model), cards())}"
         raise ModelError(f"`{model}` is neither a model card nor a config file; {known}")
     return _shape(file.resolve().parent.name, _read(file), str(file))
+
+
+def _refuse_unread(card: Mapping[str, Any], where: str) -> None:
+    """A config may have any key, but a card has those that count."""
+    table, sizes = put(card)
+    known = {"model_type", "architectures", *table.get("uncounted", ()), *sizes.config_keys}
+    if wrong := next((key for key in card if key not in known), None):
+        family = card["model_type"]
+        raise ModelError(
+            f"{where}: the table of `{family}` reads no key `{wrong}`{did_you_mean(wrong, known - {*card})}"
+        )
 
 
 def _config_file(path: Path) -> Path | None:
@@ -96,7 +111,7 @@ def head_modules(config: Mapping[str, Any], model_class: str) -> tuple[str, ...]
     return tuple(path for path in classes.get(model_class, {}).get("modules", ()) if not path.startswith("."))
 
 
-def _refuse_uncounted(table: Mapping[str, Any], config: Mapping[str, Any], sizes: Sizes) -> None:
+def _refuse_uncounted(table: Mapping[str, Any], config: Mapping[str, Any], sizes: ConfigSizes) -> None:
     for key in table.get("uncounted", ()):
         if sizes[key] if key in table["switches"] else config.get(key):
             raise ModelError(f"`{key}` adds parameters that the table of `{config['model_type']}` does not count")
@@ -149,6 +164,7 @@ def _parameters(weights: Iterable[_Weight]) -> Iterator[Parameter]:
             tied[weight.n_weights] |= weight.kinds
     for weight in weights:
         for parameter in weight.parameters:
+            # a table does not say which weight another is tied to; one of the same size outside the layers is meant
             is_shared = not weight.tied and parameter.count in tied and weight.linear.kind != "linear"
             yield replace(parameter, kinds=parameter.kinds | tied[parameter.count]) if is_shared else parameter
 
@@ -167,7 +183,7 @@ def _inside(known: Architecture, start: str) -> Iterable[_Weight]:
     return found.values()
 
 
-def _outside(table: Mapping[str, Any], added: Mapping[str, Any], start: str, sizes: Sizes) -> Iterator[_Weight]:
+def _outside(table: Mapping[str, Any], added: Mapping[str, Any], start: str, sizes: ConfigSizes) -> Iterator[_Weight]:
     """The weights outside the layers: those of the body, then those of the class, of which a dot in front says the body's."""
     entries = {f".{module}": entry for module, entry in table.get("modules", {}).items()} | added.get("modules", {})
     for path, entry in entries.items():
@@ -189,7 +205,7 @@ _OTHERS = {  # a table's key -> the name of what it counts, and the words of `tr
 }
 
 
-def _others(entries: Mapping[str, Any], where: str, sizes: Sizes) -> Iterator[Parameter]:
+def _others(entries: Mapping[str, Any], where: str, sizes: ConfigSizes) -> Iterator[Parameter]:
     """Parameters that are no site's, of the body or of the head: all norms, all others, and the biases of each."""
     counts = {key: sizes.value(entries.get(key, 0)) for key in _OTHERS}
     counts["norms"] -= counts["norm_biases"]

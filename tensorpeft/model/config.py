@@ -15,7 +15,7 @@ from tensorpeft.language.syntax import Expression
 MAX_SIZE = 10**9  # beyond every model there is: a slip in a config must not fill the memory
 
 
-class Sizes:
+class ConfigSizes:
     """Named sizes, each computed when it is asked for.
 
     A rule is arithmetic over other sizes and the config's keys (its own name stands for the key of that name); a list
@@ -31,6 +31,13 @@ class Sizes:
         if name not in self._known:
             self._known[name] = self._compute(name, self._rules[name])
         return self._known[name]
+
+    @property
+    def config_keys(self) -> set[str]:
+        """The keys of a config that the rules read."""
+        keys = {key for rule in self._rules.values() if isinstance(rule, dict) for key in rule}
+        named = (e.names for rule in self._rules.values() for e in _alternatives(rule))
+        return keys.union(*named)
 
     def value(self, rule: str | int) -> int:
         """Arithmetic over the sizes."""
@@ -48,10 +55,8 @@ class Sizes:
             if not unknown:
                 return self._whole(name, expression, {key: self._key(key) for key in keys})
             missing += unknown
-        read = {
-            key for other in self._rules.values() for expression in _alternatives(other) for key in expression.names
-        }
-        raise ModelError(f"the config has no `{missing[0]}`{did_you_mean(missing[0], self._config.keys() - read)}")
+        unread = self._config.keys() - self.config_keys
+        raise ModelError(f"the config has no `{missing[0]}`{did_you_mean(missing[0], unread)}")
 
     def _whole(self, name: str, expression: Expression, keys: Mapping[str, int]) -> int:
         values = {**{other: self[other] for other in sorted(expression.names - keys.keys())}, **keys}

@@ -1,6 +1,6 @@
 """A model family's table (``specs/models/families/<model_type>.yaml``) put to one config: its matrices and their sides.
 
-A table is data. ``sizes`` and ``switches`` are rules over the config's keys (`network.sizes`), of which the sizes are
+A table is data. ``sizes`` and ``switches`` are rules over the config's keys (``model.config``), of which the sizes are
 published; ``config`` gives keys that a config may lack. ``matrices`` say, for each role, which module holds it, its two
 sides, which side the heads split and, for a part of a fused module, which rows; for a parameter that the module reads
 by itself, its name, and over how many experts it goes. An entry may be several, ``for`` each of some values. ``reads``
@@ -22,15 +22,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tensorpeft.language.errors import ModelError, did_you_mean, listing
-from tensorpeft.language.shipped import data_folder
-from tensorpeft.model.config import MAX_SIZE, Sizes
+from tensorpeft.model.config import MAX_SIZE, ConfigSizes
 from tensorpeft.model.shape import Rows, distinct, weight_path
+from tensorpeft.model.tables import FOLDER, read_table
 
 MAX_LAYERS = 10_000
 
@@ -127,9 +124,10 @@ def _within(matrix: Matrix, front: str, path: str) -> Matrix:
     return replace(matrix, role=f"{front}{matrix.role}", reads=reads, inside=f"{path}.")
 
 
+@cache  # a scan asks at every module
 def families() -> tuple[str, ...]:
     """The model types that have a table."""
-    return tuple(sorted(path.stem for path in (data_folder("specs") / "models" / "families").glob("*.yaml")))
+    return tuple(sorted(path.stem for path in (FOLDER / "families").glob("*.yaml")))
 
 
 def architecture(config: Mapping[str, Any]) -> Architecture:
@@ -167,25 +165,19 @@ def _filled(part: Any, name: str, value: object) -> Any:
     return part.replace(f"{{{name}}}", str(value)) if isinstance(part, str) else part
 
 
-def put(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], Sizes]:
+def put(config: Mapping[str, Any]) -> tuple[Mapping[str, Any], ConfigSizes]:
     """The table of a config's model type, and its rules put to the config."""
     family = config.get("model_type")
     if family not in families():
         found = "the config has no `model_type`" if family is None else f"model type `{family}` is not known"
         raise ModelError(f"{found}, expected one of {listing(families(), 40)}{did_you_mean(str(family), families())}")
     table = _table(str(family))
-    return table, Sizes({**table["sizes"], **table["switches"]}, {**table.get("config", {}), **_flat(config)})
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A table or a card: files that ship with the package."""
-    table: dict[str, Any] = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    return table
+    return table, ConfigSizes({**table["sizes"], **table["switches"]}, {**table.get("config", {}), **_flat(config)})
 
 
 @cache
 def _table(family: str) -> Mapping[str, Any]:
-    table = read_yaml(data_folder("specs") / "models" / "families" / f"{family}.yaml")
+    table: Mapping[str, Any] = read_table(FOLDER / "families" / f"{family}.yaml", "family")
     return _over(_table(table["like"]), table) if "like" in table else table
 
 
@@ -214,7 +206,7 @@ def _sensible(name: str, size: int) -> int:
     return size
 
 
-def _matrix(role: str, entry: Mapping[str, Any], sizes: Sizes, reads: str | None) -> Matrix:
+def _matrix(role: str, entry: Mapping[str, Any], sizes: ConfigSizes, reads: str | None) -> Matrix:
     d_out, d_in = sizes.value(entry["d_out"]), sizes.value(entry["d_in"])
     ((side, heads),) = entry["heads"].items() if "heads" in entry else ((None, None),)
     rows = {"count": d_out, **entry["rows"]} if "rows" in entry else None

@@ -1,4 +1,4 @@
-"""What the path of a weight says where no family's table does: its stack, layer and expert, and what its matrix is called."""
+"""Names from paths, where no family's table knows a weight: its stack, layer and expert, and the name of its matrix."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ Sides = tuple[int, int]  # d_out, d_in
 
 
 @dataclass(frozen=True)
-class Name:
-    """What a path says by itself."""
+class SiteName:
+    """A site's matrix and place, as its path tells them."""
 
     matrix: str
     stack: str | None
@@ -24,8 +24,8 @@ class Name:
     expert: int | None
 
 
-def names(linears: Iterable[Linear], architecture: Architecture | None) -> dict[str, Name]:
-    """What the path of each weight says, among the others.
+def names(linears: Iterable[Linear], architecture: Architecture | None) -> dict[str, SiteName]:
+    """The names of weights by their paths; one path alone says little, so all are compared.
 
     Its expert is the integer behind a name such as ``experts``; its layer the first other integer in the path that differs
     between weights of otherwise equal paths and equal sides (or of any sides, or the first integer that is not the path's end,
@@ -47,7 +47,7 @@ def names(linears: Iterable[Linear], architecture: Architecture | None) -> dict[
     matrices = architecture.matrices if architecture else ()
     short = _short(set(places.values()), {ending for matrix in matrices for ending in _endings(matrix.role)})
     found = {path: (places[rest], expert) for path, (rest, expert) in experts.items()}
-    return {path: Name(short[place], place.stack, place.layer, expert) for path, (place, expert) in found.items()}
+    return {path: SiteName(short[place], place.stack, place.layer, expert) for path, (place, expert) in found.items()}
 
 
 def has_roles(linears: Iterable[Linear]) -> bool:
@@ -59,7 +59,7 @@ def has_roles(linears: Iterable[Linear]) -> bool:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _LayerPath:
     """Where a weight is: its stack and layer, and its path without the layer's integer."""
 
     stack: str | None
@@ -73,7 +73,9 @@ class _Place:
         return inner if inner != self.stack else inner.rpartition(".")[2]
 
 
-def _with_roles(places: Mapping[str, _Place], modules: Collection[str], *, everywhere: bool) -> dict[str, _Place]:
+def _with_roles(
+    places: Mapping[str, _LayerPath], modules: Collection[str], *, everywhere: bool
+) -> dict[str, _LayerPath]:
     """The same places, with roles for names inside the layers, or everywhere."""
     layers: dict[tuple[str | None, int], list[str]] = {}
     for place in places.values():
@@ -107,8 +109,8 @@ def _endings(name: str) -> list[str]:
     return [".".join(parts[at:]) for at in starts]
 
 
-def _short(places: Iterable[_Place], roles: Collection[str]) -> dict[_Place, str]:
-    """What each place's matrix is called: one name for all the layers of a stack."""
+def _short(places: Iterable[_LayerPath], roles: Collection[str]) -> dict[_LayerPath, str]:
+    """The name of each place's matrix: one for all the layers of a stack."""
     places = list(places)
     matrices = {(place.stack, place.path): place.inner for place in places}
     paths = Counter(ending for _, path in matrices for ending in _endings(path))
@@ -130,7 +132,7 @@ def _short(places: Iterable[_Place], roles: Collection[str]) -> dict[_Place, str
 
 
 def _labels(stacks: Collection[str]) -> dict[str, str]:
-    """What each of several stacks has for itself, from a name on: ``stages.0`` beside ``stages.1``.
+    """The part of each stack's path that the others do not share, from a name on: ``stages.0`` beside ``stages.1``.
 
     The name of its list of layers is no part of that where it needs not be: ``encoder`` for ``encoder.layers``.
     """
@@ -151,12 +153,12 @@ def _from_a_name(path: str, label: str) -> str:
     return label
 
 
-def _places(sides: Mapping[str, Sides]) -> dict[str, _Place]:
+def _places(sides: Mapping[str, Sides]) -> dict[str, _LayerPath]:
     """Where each path is."""
     integers = {path: _integers(path) for path in sides}
     of_shape = Counter((place.others, sides[path]) for path, found in integers.items() for place in found)
     of_path = Counter(place.others for found in integers.values() for place in found)
-    places: dict[str, _Place] = {}
+    places: dict[str, _LayerPath] = {}
     for path, found in integers.items():
         alike = [place for place in found if of_shape[place.others, sides[path]] > 1]
         holding = [place for place in found if not place.is_last or not place.before]
@@ -164,9 +166,9 @@ def _places(sides: Mapping[str, Sides]) -> dict[str, _Place]:
         chosen = (alike or varying or holding)[:1]
         # a bare nn.Sequential has paths that are integers alone
         places[path] = (
-            _Place(chosen[0].before, chosen[0].number, chosen[0].rest or "linear")
+            _LayerPath(chosen[0].before, chosen[0].number, chosen[0].rest or "linear")
             if chosen
-            else _Place(None, 0, path or "linear")
+            else _LayerPath(None, 0, path or "linear")
         )
     return places
 

@@ -1,4 +1,4 @@
-"""What modules are mostly called, and which role that is (``specs/models/conventions``)."""
+"""The usual names of modules, and the roles that they stand for (``specs/models/conventions``)."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from collections.abc import Collection, Iterable, Iterator
 from functools import cache
 from typing import Any
 
-from tensorpeft.language.shipped import data_folder
-from tensorpeft.model.family import read_yaml
+from tensorpeft.model.tables import FOLDER, read_table
 
 PARTS = ("query", "key", "value")  # what one fused weight may hold
 
@@ -35,8 +34,7 @@ def is_fused(matrix: str) -> bool:
 @cache
 def fused_layouts() -> list[dict[str, Any]]:
     """How classes cut fused weights: the ``order`` of parts, ``blocks``, and by the module's name the classes it is ``of``."""
-    layouts: Any = read_yaml(data_folder("specs") / "models" / "conventions" / "fused.yaml")
-    return list(layouts)
+    return list(read_table(FOLDER / "conventions" / "fused.yaml", "fused"))
 
 
 def _attentions(modules: Collection[str]) -> Iterator[tuple[str, str]]:
@@ -81,4 +79,4 @@ def _cuts(name: str) -> list[tuple[str, str]]:
 
 @cache
 def _table() -> dict[str, Any]:
-    return read_yaml(data_folder("specs") / "models" / "conventions" / "roles.yaml")
+    return dict(read_table(FOLDER / "conventions" / "roles.yaml", "roles"))

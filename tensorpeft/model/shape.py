@@ -1,7 +1,9 @@
-"""What the compiler needs to know of a model: its sites and their sizes. A value without torch."""
+"""A model as the compiler sees it: its sites, their sizes, its parameters. A value without torch."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -134,7 +136,7 @@ class Site:
 
     @property
     def key(self) -> Key:
-        """What a factor's site modes are bound to."""
+        """The values of the site modes here: matrix, layer, and expert where there are several."""
         return (self.matrix, self.layer) if self.expert is None else (self.matrix, self.layer, self.expert)
 
     def is_named(self, name: str) -> bool:
@@ -165,6 +167,12 @@ class Parameter:
     path: str
     count: int
     kinds: frozenset[str] = frozenset()  # the words of `train:` that mean it: biases, norms, head
+    others: tuple[str, ...] = ()  # the further paths of one that several modules share
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The paths that sites have of it, if it is the weight of any (see ``Site.path``)."""
+        return tuple(path.removesuffix(".weight") for path in (self.path, *self.others))
 
 
 @dataclass(frozen=True)
@@ -178,3 +186,34 @@ class ModelShape:
     family: str | None = None  # the model type whose table gave the roles
     model_class: str | None = None  # the class that `n_parameters` counts, "LlamaForCausalLM"
     parameters: tuple[Parameter, ...] = ()  # each once, however many modules share it
+
+    def __str__(self) -> str:
+        of_class = f" of {self.model_class}" if self.model_class else ""
+        family = f", family {self.family}" if self.family else ""
+        lines = [f"model {self.name}: {self.n_parameters:,} parameters{of_class}{family}"]
+        lines.append(f"  sizes {', '.join(f'{name}={size}' for name, size in self.sizes)}")
+        alike: dict[str, list[Site]] = {}
+        for site in self.sites:
+            kind = "" if site.kind == "linear" else f", {site.kind}"
+            alike.setdefault(f"{site.matrix} {site.d_out} x {site.d_in}{kind}", []).append(site)
+        for told, sites in alike.items():
+            lines.append(f"  {told}: {len(sites)} site{'s' * (len(sites) > 1)} like {sites[0].path}")
+        counts: Counter[str] = Counter()
+        for parameter in self.parameters:
+            counts.update(dict.fromkeys(parameter.kinds, parameter.count))
+        lines += [f"  {kind}: {count:,} parameters" for kind, count in sorted(counts.items())]
+        return "\n".join(lines)
+
+
+def by_stack(sites: Iterable[Site]) -> dict[str, tuple[Site, ...]]:
+    """Sites by the name of their stack, which is what its path has for itself: ``encoder``, ``decoder``.
+
+    Where there is one stack alone, all sites are its, also those outside the layers, and it needs no name.
+    """
+    sites = tuple(sites)
+    stacks = dict.fromkeys(site.stack for site in sites)
+    paths = [stack for stack in stacks if stack is not None]
+    if len(paths) < 2:
+        return {"": sites}
+    names: dict[str | None, str] = {path: re.sub(r"\W", "_", name) for path, name in distinct(paths).items()}
+    return {names.get(stack, ""): tuple(site for site in sites if site.stack == stack) for stack in stacks}

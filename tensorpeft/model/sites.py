@@ -8,7 +8,7 @@ from typing import Any
 
 from tensorpeft.language.errors import ModelError
 from tensorpeft.model.family import Architecture, Matrix
-from tensorpeft.model.naming import Name, names
+from tensorpeft.model.naming import SiteName, names
 from tensorpeft.model.shape import Key, Linear, Site
 
 
@@ -54,7 +54,7 @@ def _place(site: Site) -> str:
     return f"`{site.matrix}` of layer {site.layer}{expert}"
 
 
-def _unknown(linear: Linear, name: Name, others: Container[Key]) -> list[Site]:
+def _unknown(linear: Linear, name: SiteName, others: Container[Key]) -> list[Site]:
     """The sites of a weight that no family knows: one, or one for each expert."""
     experts: Iterable[int | None] = (name.expert,) if linear.experts is None else range(linear.experts)
     sites = [_site(linear, name.matrix, (name.stack, name.layer, expert), linear) for expert in experts]

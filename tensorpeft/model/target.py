@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections import defaultdict
 from collections.abc import Container, Iterable
@@ -94,13 +92,8 @@ def is_meant(name: str, site: Site) -> bool:
     return site.is_named(name) or f".{site.path}".endswith(f".{name}")
 
 
-def fingerprint(sites: Iterable[Site]) -> str:
-    """SHA-256, in hexadecimal, of the rows of sites in order."""
-    return hashlib.sha256(json.dumps(site_rows(sites), separators=(",", ":")).encode()).hexdigest()
-
-
 def site_rows(sites: Iterable[Site]) -> tuple[tuple[str | int, ...], ...]:
-    """What tells sites apart, and their sizes: (matrix, layer, d_out, d_in), and the expert where there are several."""
+    """Sites as rows of their names and sizes: (matrix, layer, d_out, d_in), and the expert where there are several."""
     return tuple((site.matrix, site.layer, site.d_out, site.d_in, *site.key[2:]) for site in sites)
 
 

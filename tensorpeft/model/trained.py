@@ -23,15 +23,21 @@ def extras(spec: Spec, model: ModelShape, sites: Iterable[Site]) -> tuple[Parame
     parameters; or a glob over both.
 
     Raises:
-        SpecError: with every entry that means no parameter.
+        SpecError: with every entry that means no parameter, or one that is the weight of a site too.
     """
-    holders = {_holder(site) for site in sites}
-    problems, chosen = [], set()
+    sites = tuple(sites)
+    holders, adapted = {_holder(site) for site in sites}, {site.path: site for site in reversed(sites)}
+    problems: list[Problem] = []
+    chosen: set[str] = set()
     for entry, span in zip(spec.train, spec.train_spans or (spec.span,) * len(spec.train), strict=True):
-        found = [parameter.path for parameter in model.parameters if _means(entry, parameter, holders)]
-        chosen.update(found)
+        found = [parameter for parameter in model.parameters if _means(entry, parameter, holders)]
+        chosen.update(parameter.path for parameter in found)
+        twice = next(((p, adapted[path]) for p in found for path in p.weights if path in adapted), None)
         if not found:
             problems.append(Problem(_nothing(entry, model, holders), span))
+        elif twice:
+            message = f"`{entry}` trains `{twice[0].path}`, the weight of {twice[1]}, which `target` adapts"
+            problems.append(Problem(f"{message}; expected it under `train` or under `target` alone", span))
     if problems:
         raise SpecError(problems)
     return tuple(parameter for parameter in model.parameters if parameter.path in chosen)
@@ -71,6 +77,6 @@ def _nothing(entry: str, model: ModelShape, holders: set[str]) -> str:
 
 
 def _endings(parameters: Sequence[Parameter]) -> set[str]:
-    """What people call parameters by: the last names of their paths and of their modules' paths, one or two or three of them."""
+    """The names that people use for parameters, to suggest one: the last one to three of their paths and their modules' paths."""
     parts = [parameter.path.split(".") for parameter in parameters]
     return {".".join(path[-n:]) for whole in parts for path in (whole, whole[:-1]) for n in (1, 2, 3) if path}

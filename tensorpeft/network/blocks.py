@@ -15,10 +15,10 @@ from tensorpeft.language.spec import MaskRule, Spec
 from tensorpeft.language.syntax import Spectral
 from tensorpeft.model.shape import Key, Site
 from tensorpeft.network.initialisers import origins
-from tensorpeft.network.mask_packing import Kept, Masking
+from tensorpeft.network.mask_packing import FactorMasks, KeptIndices
 from tensorpeft.network.network import Axis, Block
-from tensorpeft.network.sharing import Layouts, Placed, Sizes, Use, Users, serving_indices, users_of
-from tensorpeft.network.site_classes import Kind
+from tensorpeft.network.sharing import FreeSizes, Layouts, Placed, Sharing, Users, serving_indices, users_of
+from tensorpeft.network.site_classes import SiteClass
 from tensorpeft.network.spectral import refuse_excess, unfolding
 
 
@@ -26,9 +26,9 @@ from tensorpeft.network.spectral import refuse_excess, unfolding
 class Storage:
     """The blocks of one factor, and which of them a site uses."""
 
-    use: Use
+    sharing: Sharing
     policies: tuple[str, ...]  # of the free modes
-    masking: Masking | None
+    masking: FactorMasks | None
     blocks: tuple[Block, ...]
     of_site: dict[Key, tuple[Key, Block]]
     masked_axes: dict[tuple[str, Key], tuple[np.ndarray | None, ...]]  # by block and key
@@ -39,23 +39,23 @@ class Storage:
     def block(self, site: Site) -> Block:
         return self.of_site[site.key][1]
 
-    def stored(self, site: Site, axis: int) -> np.ndarray | None:
+    def stored(self, site: Site, axis: int) -> np.ndarray | None:  # shape: (stored,)
         """The indices of a free axis that a site's key holds; None: all of them."""
         key, block = self.of_site[site.key]
         return None if block.kept is None else block.kept[key][axis]
 
-    def kept(self, site: Site, axis: int) -> np.ndarray | None:
+    def kept(self, site: Site, axis: int) -> np.ndarray | None:  # shape: (kept,)
         """The indices of a free axis that masks leave at a site; None: all of them."""
         key, block = self.of_site[site.key]
         return self.masked_axes[block.name, key][axis] if self.masking else None
 
-    def serving(self, site: Site, axis: int, size: int) -> np.ndarray:
+    def serving(self, site: Site, axis: int, size: int) -> np.ndarray:  # shape: (size,)
         """For each index of a mode of this size the index of the axis that serves it."""
         return serving_indices(self.policies[axis], size, self.block(site).free_axes[axis].size)
 
     @property
     def cuts(self) -> bool:
-        """Whether what masks leave of its modes differs from key to key."""
+        """Whether masks leave other indices of its modes for each key."""
         return self.masking is not None and self.masking.of_axes
 
     def rule(self, axis: int) -> MaskRule:
@@ -64,73 +64,77 @@ class Storage:
         return self.masking.rule(axis)
 
 
-def store(spec: Spec, use: Use, placed: Placed, layouts: Layouts, masking: Masking | None, stack: str = "") -> Storage:
+def store(
+    spec: Spec, sharing: Sharing, placed: Placed, layouts: Layouts, masking: FactorMasks | None, stack: str = ""
+) -> Storage:
     """The blocks that hold a factor for its sites, which are those of a stack; its name is part of theirs.
 
     Raises:
         SpecError: a mask, an initialiser, or the policy for a ragged mode does not fit the sizes.
     """
-    refuse_excess(spec, use, layouts)
-    users = users_of(spec, use, placed, layouts)
-    keys_of: dict[Sizes, list[Key]] = defaultdict(list)
+    refuse_excess(spec, sharing, layouts)
+    users = users_of(spec, sharing, placed, layouts)
+    keys_of: dict[FreeSizes, list[Key]] = defaultdict(list)
     for key, sizes in users:
         keys_of[sizes].append(key)
-    ragged = [mode for mode, *sizes in zip(use.free, *keys_of, strict=True) if len(set(sizes)) > 1]
+    ragged = [mode for mode, *sizes in zip(sharing.free, *keys_of, strict=True) if len(set(sizes)) > 1]
     blocks, of_site, axes = [], {}, {}
     for sizes, keys in keys_of.items():
         mine = {key: users[key, sizes] for key in keys}
-        block = _block(spec, use, sizes, keys, ragged, stack)
-        block = replace(block, names=_names(block, use, mine, layouts))
+        block = _block(spec, sharing, sizes, keys, ragged, stack)
+        block = replace(block, names=_names(block, sharing, mine, layouts))
         if block.data_dependent:
-            block = replace(block, unfolding=unfolding(block, use, mine, layouts))
+            block = replace(block, unfolding=unfolding(block, sharing, mine, layouts))
         if masking is not None:
             kept = _kept(masking, block, sizes, mine)
             block = _packed(block, kept, masking.by_entries)
             axes.update({(block.name, key): each.axes for key, each in kept.items()})
         blocks.append(block)
         of_site.update({site.key: (key, block) for key, sites in mine.items() for site, _ in sites})
-    policies = tuple(spec.policy(mode) for mode in use.free)
-    return Storage(use, policies, masking, tuple(blocks), of_site, axes)
+    policies = tuple(spec.policy(mode) for mode in sharing.free)
+    return Storage(sharing, policies, masking, tuple(blocks), of_site, axes)
 
 
-def _block(spec: Spec, use: Use, sizes: Sizes, keys: list[Key], ragged: list[str], stack: str) -> Block:
+def _block(spec: Spec, sharing: Sharing, sizes: FreeSizes, keys: list[Key], ragged: list[str], stack: str) -> Block:
     """The block of a factor for one size; its name tells its stack, and the sizes of the modes that are ragged."""
-    labels = {mode: tuple(dict.fromkeys(key[i] for key in keys)) for i, mode in enumerate(use.site_modes)}
-    of_mode = dict(zip(use.free, sizes, strict=True))
+    labels = {mode: tuple(dict.fromkeys(key[i] for key in keys)) for i, mode in enumerate(sharing.site_modes)}
+    of_mode = dict(zip(sharing.free, sizes, strict=True))
     if prod(map(len, labels.values())) == len(keys):
-        axes = tuple(Axis(m, of_mode[m]) if m in of_mode else Axis(m, len(labels[m]), labels[m]) for m in use.written)
-        keys = [tuple(key) for key in _grid([labels[m] for m in use.site_modes])]
+        axes = tuple(
+            Axis(m, of_mode[m]) if m in of_mode else Axis(m, len(labels[m]), labels[m]) for m in sharing.written
+        )
+        keys = [tuple(key) for key in _grid([labels[m] for m in sharing.site_modes])]
     else:
         axes = (Axis("site", len(keys), tuple(keys)), *(Axis(mode, size) for mode, size in of_mode.items()))
-    name = "_".join((use.factor, *filter(None, (stack,)), *(f"{mode}{of_mode[mode]}" for mode in ragged)))
-    origin = origins(spec, use.factor)[-1]
-    rule, init = spec.factor(use.factor), spec.factor(origin).init
-    return Block(name, use.factor, rule, axes, tuple(keys), origin=origin, init=init, stack=stack)
+    name = "_".join((sharing.factor, *filter(None, (stack,)), *(f"{mode}{of_mode[mode]}" for mode in ragged)))
+    origin = origins(spec, sharing.factor)[-1]
+    rule, init = spec.factor(sharing.factor), spec.factor(origin).init
+    return Block(name, sharing.factor, rule, axes, tuple(keys), origin=origin, init=init, stack=stack)
 
 
 def _grid(labels: list[tuple[str | int, ...]]) -> list[Key]:
     return [()] if not labels else [(first, *rest) for first in labels[0] for rest in _grid(labels[1:])]
 
 
-def _names(block: Block, use: Use, users: Mapping[Key, Users], layouts: Layouts) -> dict[Key, dict[str, float]]:
-    """What names mean in the initialiser, key by key: its own modes the sizes of axes, others what they are at its sites.
+def _names(block: Block, sharing: Sharing, users: Mapping[Key, Users], layouts: Layouts) -> dict[Key, dict[str, float]]:
+    """The values of the names in the initialiser, key by key.
 
-    The layer is the key's.
+    A mode of the block is the size of its axis, the layer is the key's, and every other name has its value at the key's sites.
     """
     own = {axis.mode: axis.size for axis in block.free_axes}
     spoken = (block.init.power if isinstance(block.init, Spectral) else block.init).names - own.keys()
-    known: dict[frozenset[Kind], dict[str, float]] = {}
+    known: dict[frozenset[SiteClass], dict[str, float]] = {}
     found = {}
     for key in block.keys:
-        kinds = frozenset(kind for _, kind in users[key])
-        if kinds not in known:
-            known[kinds] = {
-                name: _one(name, block, [layouts[kind].names[name] for kind in kinds])
+        classes = frozenset(site_class for _, site_class in users[key])
+        if classes not in known:
+            known[classes] = {
+                name: _one(name, block, [layouts[site_class].names[name] for site_class in classes])
                 for name in sorted(spoken)
-                if all(name in layouts[kind].names for kind in kinds)
+                if all(name in layouts[site_class].names for site_class in classes)
             }
-        layer = {mode: float(value) for mode, value in zip(use.site_modes, key, strict=True) if mode == LAYER}
-        found[key] = {**known[kinds], **own, **layer}
+        layer = {mode: float(value) for mode, value in zip(sharing.site_modes, key, strict=True) if mode == LAYER}
+        found[key] = {**known[classes], **own, **layer}
     return found
 
 
@@ -142,14 +146,14 @@ def _one(name: str, block: Block, values: Sequence[float]) -> float:
     return values[0]
 
 
-def _kept(masking: Masking, block: Block, sizes: Sizes, users: Mapping[Key, Users]) -> dict[Key, Kept]:
-    """What masks keep of each key of a block: by their rules, or as a checkpoint has it."""
+def _kept(masking: FactorMasks, block: Block, sizes: FreeSizes, users: Mapping[Key, Users]) -> dict[Key, KeptIndices]:
+    """The kept indices of each key of a block: as the mask rules say, or as a checkpoint has them."""
     if block.name in masking.saved:
         return dict(zip(block.keys, masking.restored(block.name, block.keys, sizes, users), strict=True))
     return {key: masking.kept(key, sizes, users[key]) for key in block.keys}
 
 
-def _packed(block: Block, kept: Mapping[Key, Kept], by_entries: bool) -> Block:
+def _packed(block: Block, kept: Mapping[Key, KeptIndices], by_entries: bool) -> Block:
     entries = {key: each.entries for key, each in kept.items() if each.entries is not None}
     if by_entries:
         whole = all(each.count == prod(axis.size for axis in block.free_axes) for each in entries.values())

@@ -1,4 +1,4 @@
-"""How many numbers a spec trains on a model, without its network; and the largest rank within a budget."""
+"""The number of trained parameters of a spec on a model, without its network; and the largest rank within a budget."""
 
 from __future__ import annotations
 
@@ -10,22 +10,31 @@ from math import prod
 from tensorpeft.language.errors import SpecError, fail
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Number
-from tensorpeft.model.shape import Key, ModelShape
-from tensorpeft.model.stacks import by_stack
+from tensorpeft.model.shape import Key, ModelShape, by_stack
 from tensorpeft.model.target import choose
 from tensorpeft.network.checks import check_experts, check_names
-from tensorpeft.network.mask_packing import Masking, masking
+from tensorpeft.network.mask_packing import FactorMasks, masking
 from tensorpeft.network.mode_sizes import layout
 from tensorpeft.network.scores import Scores
-from tensorpeft.network.sharing import Layouts, Placed, Sizes, Use, Users, refuse_ragged, serving_sizes, use, users_of
-from tensorpeft.network.site_classes import Kind, kinds
+from tensorpeft.network.sharing import (
+    FreeSizes,
+    Layouts,
+    Placed,
+    Sharing,
+    Users,
+    refuse_ragged,
+    serving_sizes,
+    sharing_of,
+    users_of,
+)
+from tensorpeft.network.site_classes import SiteClass, site_classes
 from tensorpeft.network.spectral import refuse_excess
 
 MAX_RANK = 1 << 20
 
 
 def n_trained(spec: Spec, model: ModelShape) -> int:
-    """How many numbers an optimizer would see: what the trained blocks of the network hold, counted without building it.
+    """Count the numbers that an optimizer would see, those of the trained blocks, without building the network.
 
     Raises:
         SpecError: the spec does not fit the model.
@@ -34,7 +43,7 @@ def n_trained(spec: Spec, model: ModelShape) -> int:
     if not spec.update.products:
         return 0
     check_names(spec, sites)
-    stacks = tuple(kinds(spec, members) for members in by_stack(sites).values())
+    stacks = tuple(site_classes(spec, members) for members in by_stack(sites).values())
     for placed in stacks:
         check_experts(spec, placed)
     return _counter(spec, model, stacks)(fitted(spec, model, stacks))
@@ -59,7 +68,7 @@ def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed]) -> Spec:
     if not fitting:
         message = f"the budget is {spec.budget:,}, but rank 1 trains {least:,} numbers already"
         raise fail(f"{message}; expected a larger budget", spec.budget_span)
-    low, high = fitting[-1], min(2 * fitting[-1], top + 1)
+    low, high = fitting[-1], min(2 * fitting[-1], top + 1)  # the largest power of two that fits, and the next
     while high - low > 1:
         middle = (low + high) // 2
         found = _count_if_sized(count, spec, middle)
@@ -85,7 +94,7 @@ def _sized(spec: Spec, rank: int) -> Spec:
 
 
 def _count_if_sized(count: Callable[[Spec], int], spec: Spec, rank: int) -> int | None:
-    """How many numbers a rank trains; None where it is too large for the model's sizes."""
+    """The trained numbers at a rank; None where the rank is too large for the model's sizes."""
     try:
         return count(_sized(spec, rank))
     except SpecError:
@@ -95,23 +104,23 @@ def _count_if_sized(count: Callable[[Spec], int], spec: Spec, rank: int) -> int 
 
 
 def _counter(spec: Spec, model: ModelShape, stacks: Sequence[Placed]) -> Callable[[Spec], int]:
-    """What counts the trained numbers of a spec that differs in its ranks alone."""
+    """A function that counts the trained numbers of the spec at other ranks; what ranks do not change is done once, here."""
     counters = [_of_stack(spec, model, placed) for placed in stacks]
     return lambda sized: sum(count(sized) for count in counters)
 
 
 def _of_stack(spec: Spec, model: ModelShape, placed: Placed) -> Callable[[Spec], int]:
-    present = tuple(dict.fromkeys(kind for _, kind in placed))
-    uses = [use(spec, name, present) for name, _ in spec.factors]
+    present = tuple(dict.fromkeys(site_class for _, site_class in placed))
+    uses = [sharing_of(spec, name, present) for name, _ in spec.factors]
     trained = [each for each in uses if not spec.factor(each.factor).frozen]
     shared = {each.factor: _shared(each, placed) for each in trained}
     scores = Scores(spec)
 
     def count(sized: Spec) -> int:
-        layouts = {kind: layout(sized, model, kind) for kind in present}
+        layouts = {site_class: layout(sized, model, site_class) for site_class in present}
         total = 0
         for each in uses:
-            refuse_ragged(sized, each, [each.sizes(kind, layouts) for kind in each.names])
+            refuse_ragged(sized, each, [each.sizes(site_class, layouts) for site_class in each.names])
             refuse_excess(sized, each, layouts)
         for each in trained:
             masks = masking(sized, each, layouts, scores)
@@ -124,26 +133,26 @@ def _of_stack(spec: Spec, model: ModelShape, placed: Placed) -> Callable[[Spec],
     return count
 
 
-def _shared(each: Use, placed: Placed) -> Counter[frozenset[Kind]]:
-    """How many keys of a factor are used by just these kinds of sites."""
-    users: dict[Key, set[Kind]] = defaultdict(set)
-    for site, kind in placed:
-        if kind in each.names:
-            users[each.key(site)].add(kind)
+def _shared(each: Sharing, placed: Placed) -> Counter[frozenset[SiteClass]]:
+    """For each set of site classes, the number of keys of a factor that exactly these use."""
+    users: dict[Key, set[SiteClass]] = defaultdict(set)
+    for site, site_class in placed:
+        if site_class in each.names:
+            users[each.key(site)].add(site_class)
     return Counter(map(frozenset, users.values()))
 
 
-def _whole(spec: Spec, each: Use, shared: Counter[frozenset[Kind]], layouts: Layouts) -> int:
-    """How many numbers the blocks of an unmasked factor hold."""
+def _whole(spec: Spec, each: Sharing, shared: Counter[frozenset[SiteClass]], layouts: Layouts) -> int:
+    """The numbers in the blocks of a factor without masks."""
     total = 0
     for users, keys in shared.items():
-        wanted = frozenset(each.sizes(kind, layouts) for kind in users)
+        wanted = frozenset(each.sizes(site_class, layouts) for site_class in users)
         total += keys * sum(prod(sizes) for sizes in set(serving_sizes(spec, each, wanted).values()))
     return total
 
 
-def _masked(masks: Masking, users: dict[tuple[Key, Sizes], Users]) -> int:
-    """How many numbers masks leave of a factor; where the rules alone do not say it, by drawing them."""
+def _masked(masks: FactorMasks, users: dict[tuple[Key, FreeSizes], Users]) -> int:
+    """The numbers that masks leave of a factor. Masks are drawn only where their rules do not tell the count."""
     total = 0
     for (key, sizes), sites in users.items():
         count = masks.count(sizes, sites)

@@ -1,16 +1,16 @@
-"""What a spec says of sites and matrices, held to those of the target."""
+"""Checks of a spec against a target: names of matrices, selectors, and what only some sites can do."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
 from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
+from tensorpeft.language.modes import written_modes
 from tensorpeft.language.spec import BASE_WEIGHT, Spec
 from tensorpeft.language.syntax import Choice, Selector, ranges
 from tensorpeft.model.shape import Site
 from tensorpeft.model.target import fits, is_meant
-from tensorpeft.network.modes import written_modes
-from tensorpeft.network.site_classes import Kind
+from tensorpeft.network.site_classes import SiteClass
 
 
 def check_names(spec: Spec, sites: Sequence[Site]) -> None:
@@ -25,7 +25,7 @@ def check_names(spec: Spec, sites: Sequence[Site]) -> None:
 
 
 def check_activations(spec: Spec, sites: Sequence[Site]) -> None:
-    """What a spec does to an activation reaches every site: each is a linear module that is called.
+    """Refuse `tasks`, `dropout` and `norm` at sites that are no linear modules: they need the module's input.
 
     Raises:
         SpecError: it does not.
@@ -83,21 +83,21 @@ def _hint(name: str, sites: Sequence[Site]) -> str:
     return did_you_mean(name, names) or f"; the target has {listing(matrices)}"
 
 
-def check_experts(spec: Spec, placed: Sequence[tuple[Site, Kind]]) -> None:
-    """Where a product carries the mode `expert`, its sites are those of experts; and what is over norms has one for each of them.
+def check_experts(spec: Spec, placed: Sequence[tuple[Site, SiteClass]]) -> None:
+    """Refuse the mode `expert` at sites that belong to no expert, and a norm over several experts at once.
 
     Raises:
         SpecError: one is not, or several have one.
     """
-    for kind in dict.fromkeys(kind for _, kind in placed):
-        for reference in (f for product in kind.products for f in product.factors):
+    for site_class in dict.fromkeys(site_class for _, site_class in placed):
+        for reference in (f for product in site_class.products for f in product.factors):
             if "expert" not in written_modes(reference, spec.modes):
-                site = next((site for site, k in placed if k is kind and site.expert is not None), None)
+                site = next((site for site, k in placed if k is site_class and site.expert is not None), None)
                 if site is not None and reference.factor != BASE_WEIGHT and spec.factor(reference.factor).norm:
                     message = f"`{reference}` is over the norms of W + dW, and {site} is one of several experts"
                     raise SpecError([Problem(f"{message}; expected the mode `expert`", reference.span)])
             else:
-                site = next((site for site, k in placed if k is kind and site.expert is None), None)
+                site = next((site for site, k in placed if k is site_class and site.expert is None), None)
                 if site is not None:
                     message = f"`{reference}` carries the mode `expert`, and {site} belongs to none"
                     ways = "expected a target of experts alone, or an entry of `update` for the other matrices"

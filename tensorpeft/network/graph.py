@@ -6,10 +6,13 @@ graph, and reports draw it.
 
 from __future__ import annotations
 
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.network import Term
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 def graph(term: Term) -> nx.Graph:
@@ -17,6 +20,8 @@ def graph(term: Term) -> nx.Graph:
 
     Atoms have the sizes that masks leave of them, site modes the number of their values at the sites of the term.
     """
+    import networkx as nx  # late: a fifth of a second to import, which only what cuts or draws a network needs
+
     found = nx.Graph()
     for number, operand in enumerate(term.operands):
         found.add_node(number, operand=operand)

@@ -7,7 +7,7 @@ from math import sqrt
 
 import numpy as np
 
-from tensorpeft.language.errors import fail, listing
+from tensorpeft.language.errors import InternalError, fail, listing
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Call, Name
 from tensorpeft.model.shape import Key
@@ -65,8 +65,10 @@ def initial_values(block: Block, seed: int) -> Iterator[tuple[Key, np.ndarray | 
                 yield key, orthonormal(random.standard_normal(state, np.ix_(*map(np.arange, shape))))[tuple(places)]
             case "normal":
                 yield key, random.standard_normal(state, places) * _scale(init, block, key)
-            case _:
+            case "uniform" | "kaiming_uniform" | "xavier_uniform":
                 yield key, (2.0 * random.uniform(state, places) - 1.0) * _scale(init, block, key)
+            case _:
+                raise InternalError(f"`{init}` of `{block.name}` is an initialiser that draws nothing")
 
 
 def _places(block: Block, key: Key) -> list[np.ndarray]:
@@ -78,7 +80,7 @@ def _places(block: Block, key: Key) -> list[np.ndarray]:
     return list(np.ix_(*(np.arange(size) if some is None else some for size, some in zip(sizes, kept, strict=True))))
 
 
-def _formula(block: Block, key: Key, places: list[np.ndarray]) -> np.ndarray:
+def _formula(block: Block, key: Key, places: list[np.ndarray]) -> np.ndarray:  # shape: the key's
     """Arithmetic over the indices on the free axes."""
     assert isinstance(block.init, Call)
     indices = dict(zip((axis.mode for axis in block.free_axes), places, strict=True))
@@ -98,6 +100,7 @@ def orthonormal(matrices: np.ndarray) -> np.ndarray:  # shape: (..., rows, colum
 
     Gram and Schmidt's way, twice for accuracy, by sums in a fixed order: the same numbers on every machine.
     """
+    # no LAPACK: its last bits differ between machines, and a frozen factor must be the same when it is made again
     wide = matrices.shape[-2] < matrices.shape[-1]
     columns = (matrices if wide else matrices.swapaxes(-1, -2)).copy()  # shape: (..., vectors, entries)
     for _ in range(2):
@@ -109,7 +112,7 @@ def orthonormal(matrices: np.ndarray) -> np.ndarray:  # shape: (..., rows, colum
     return columns if wide else columns.swapaxes(-1, -2)
 
 
-def _sum(x: np.ndarray) -> np.ndarray:
+def _sum(x: np.ndarray) -> np.ndarray:  # shape: (..., n) -> (...)
     """The sum over the last axis, by halves."""
     while (n := x.shape[-1]) > 1:
         half = n // 2
@@ -127,22 +130,17 @@ def _scale(init: Call, block: Block, key: Key) -> float:
     options = dict(init.options)
     sizes = {axis.mode: axis.size for axis in block.free_axes}
     order = list(sizes)
-    match init.name:
-        case "kaiming_uniform":
-            a = float(options["a"].evaluate({})) if "a" in options else 0.0
-            chosen = options.get("fan")
-            if isinstance(chosen, Name) and chosen.name not in sizes:
-                raise fail(
-                    f"`fan` is `{chosen}`, which is bound to sites; expected one of {listing(order)}", chosen.span
-                )
-            fan = sizes[chosen.name] if isinstance(chosen, Name) else sizes[order[-1]] if order else 1
-            return sqrt(6.0 / ((1.0 + a * a) * fan))
-        case "xavier_uniform":
-            return sqrt(6.0 / sum(sizes[mode] for mode in order[-2:])) if order else 1.0
-        case _:  # uniform(bound), normal(std)
-            value = float(init.args[0].evaluate(block.names[key])) if init.args else 1.0
-            if value <= 0:
-                raise fail(
-                    f"`{init}` is {value:g} for `{block.name}` and draws nothing; expected more than 0", init.span
-                )
-            return value
+    if init.name == "kaiming_uniform":
+        a = float(options["a"].evaluate({})) if "a" in options else 0.0
+        chosen = options.get("fan")
+        if isinstance(chosen, Name) and chosen.name not in sizes:
+            message = f"`fan` is `{chosen}`, which is bound to sites; expected one of {listing(order)}"
+            raise fail(message, chosen.span)
+        fan = sizes[chosen.name] if isinstance(chosen, Name) else sizes[order[-1]] if order else 1
+        return sqrt(6.0 / ((1.0 + a * a) * fan))
+    if init.name == "xavier_uniform":
+        return sqrt(6.0 / sum(sizes[mode] for mode in order[-2:])) if order else 1.0
+    value = float(init.args[0].evaluate(block.names[key]))
+    if value <= 0:
+        raise fail(f"`{init}` is {value:g} for `{block.name}` and draws nothing; expected more than 0", init.span)
+    return value

@@ -14,8 +14,7 @@ import numpy as np
 
 from tensorpeft.language.errors import fail
 from tensorpeft.language.spec import Spec
-from tensorpeft.model.shape import ModelShape, Site
-from tensorpeft.model.stacks import by_stack
+from tensorpeft.model.shape import ModelShape, Site, by_stack
 from tensorpeft.model.target import choose
 from tensorpeft.model.trained import extras
 from tensorpeft.network.blocks import Storage, store
@@ -26,8 +25,8 @@ from tensorpeft.network.mode_sizes import layout
 from tensorpeft.network.network import Block, Group, Network
 from tensorpeft.network.operands import base_weight, group
 from tensorpeft.network.scores import Scores
-from tensorpeft.network.sharing import Layouts, Placed, first_reference, use
-from tensorpeft.network.site_classes import Kind, kinds
+from tensorpeft.network.sharing import Layouts, Placed, first_reference, sharing_of
+from tensorpeft.network.site_classes import SiteClass, site_classes
 
 
 def lower(spec: Spec, model: ModelShape, saved: Mapping[str, np.ndarray] | None = None) -> Network:
@@ -44,7 +43,7 @@ def lower(spec: Spec, model: ModelShape, saved: Mapping[str, np.ndarray] | None 
         return Network(spec, model, (), (), trained)
     check_names(spec, sites)
     check_activations(spec, sites)
-    stacks = {name: kinds(spec, members) for name, members in by_stack(sites).items()}
+    stacks = {name: site_classes(spec, members) for name, members in by_stack(sites).items()}
     for placed in stacks.values():
         check_experts(spec, placed)
     spec, scores = fitted(spec, model, tuple(stacks.values())), Scores(spec)
@@ -79,14 +78,20 @@ def _network(
     saved: Mapping[str, np.ndarray] | None,
 ) -> tuple[list[Block], tuple[Group, ...]]:
     """The blocks and the groups of one stack."""
-    layouts = {kind: layout(spec, model, kind) for kind in dict.fromkeys(kind for _, kind in placed)}
-    first: dict[object, Kind] = {}  # of those whose arithmetic comes to the same
-    same = {kind: first.setdefault((kind.products, each.meaning), kind) for kind, each in layouts.items()}
-    placed = [(site, same[kind]) for site, kind in placed]
-    layouts = {kind: layouts[kind] for kind in first.values()}
+    layouts = {
+        site_class: layout(spec, model, site_class)
+        for site_class in dict.fromkeys(site_class for _, site_class in placed)
+    }
+    first: dict[object, SiteClass] = {}  # of those whose arithmetic comes to the same
+    same = {
+        site_class: first.setdefault((site_class.products, each.meaning), site_class)
+        for site_class, each in layouts.items()
+    }
+    placed = [(site, same[site_class]) for site, site_class in placed]
+    layouts = {site_class: layouts[site_class] for site_class in first.values()}
     storages = {}
     for name, _ in spec.factors:
-        each = use(spec, name, layouts)
+        each = sharing_of(spec, name, layouts)
         storages[name] = store(spec, each, placed, layouts, masking(spec, each, layouts, scores, saved), stack)
     blocks = [block for storage in storages.values() for block in storage.blocks]
     return blocks, _groups(spec, storages, placed, layouts)
@@ -94,15 +99,15 @@ def _network(
 
 def _groups(spec: Spec, storages: dict[str, Storage], placed: Placed, layouts: Layouts) -> tuple[Group, ...]:
     """The sites at which the same blocks combine in the same way, group by group."""
-    gathered: dict[tuple[object, ...], tuple[Kind, list[Site]]] = {}
-    present = {kind: [s for s in storages.values() if kind in s.use.names] for kind in layouts}
-    for site, kind in placed:
-        blocks = tuple(storage.block(site).name for storage in present[kind])
-        keys = tuple(storage.key(site) for storage in present[kind] if storage.cuts)
-        gathered.setdefault((kind, blocks, keys, site.kind), (kind, []))[1].append(site)
+    gathered: dict[tuple[object, ...], tuple[SiteClass, list[Site]]] = {}
+    present = {site_class: [s for s in storages.values() if site_class in s.sharing.names] for site_class in layouts}
+    for site, site_class in placed:
+        blocks = tuple(storage.block(site).name for storage in present[site_class])
+        keys = tuple(storage.key(site) for storage in present[site_class] if storage.cuts)
+        gathered.setdefault((site_class, blocks, keys, site.kind), (site_class, []))[1].append(site)
     shapes: dict[tuple[int, int], Block] = {}
     groups = []
-    for kind, members in gathered.values():
+    for site_class, members in gathered.values():
         base = shapes.setdefault((members[0].d_out, members[0].d_in), base_weight(members[0]))
-        groups.append(group(spec, storages, kind, layouts[kind], tuple(members), base))
+        groups.append(group(spec, storages, site_class, layouts[site_class], tuple(members), base))
     return tuple(groups)

@@ -1,4 +1,4 @@
-"""What masks keep of a factor's tensors: the indices of single modes, or the entries over several."""
+"""Packing: the indices or entries of a factor's tensors that masks keep, from their rules or from a checkpoint."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ import numpy as np
 
 from tensorpeft.language.errors import fail
 from tensorpeft.language.keywords import SCORED
+from tensorpeft.language.modes import free_modes
 from tensorpeft.language.spec import MaskRule, Spec
 from tensorpeft.model.shape import Key
 from tensorpeft.network.initialisers import origins
 from tensorpeft.network.masks import Mask, kept_indices, masks_at
-from tensorpeft.network.modes import free_modes
 from tensorpeft.network.network import Block, Entries
 from tensorpeft.network.scores import Scores, served
-from tensorpeft.network.sharing import Layouts, Sizes, Use, Users, first_reference, serving_indices
+from tensorpeft.network.sharing import FreeSizes, Layouts, Sharing, Users, first_reference, serving_indices
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What masks keep of one key: of each free axis (None: all of it), and the entries where a rule speaks of several axes."""
+class KeptIndices:
+    """The kept indices of one key on each free axis (None: all), and its kept entries where a rule speaks of several axes."""
 
     axes: tuple[np.ndarray | None, ...]
     entries: Entries | None = None
 
 
 @dataclass(frozen=True)
-class Masking:
+class FactorMasks:
     """The mask rules of one factor, and what they read. ``saved`` are the indices of tensors that a checkpoint has."""
 
     spec: Spec
-    use: Use
+    sharing: Sharing
     layouts: Layouts
     scores: Scores
     saved: Mapping[str, np.ndarray]
@@ -47,7 +47,7 @@ class Masking:
 
     @property
     def of_axes(self) -> bool:
-        """Whether it leaves of some axis other indices for each key."""
+        """Whether some rule speaks of one axis alone, whose kept indices then differ from key to key."""
         return any(len(axes) == 1 for _, axes in self.rules)
 
     def rule(self, axis: int) -> MaskRule:
@@ -63,22 +63,24 @@ class Masking:
         first, *others = [(site, masks_at(self.rules, site)) for site, _ in users]
         for site, masks in others:
             if {mask.axes: mask.said for mask in masks} != {mask.axes: mask.said for mask in first[1]}:
-                factor = self.use.factor
+                factor = self.sharing.factor
                 raise fail(
                     f"`{factor}` is one tensor for {first[0]} and {site}, for which its masks differ; expected the same mask",
                     (*masks, *first[1])[0].rule.span,
                 )
         return first[1]
 
-    def kept(self, key: Key, sizes: Sizes, users: Users) -> Kept:
-        """What is kept of a key of a tensor of these sizes."""
+    def kept(self, key: Key, sizes: FreeSizes, users: Users) -> KeptIndices:
+        """Apply the rules to one key of a tensor; ``sizes`` are those of its free axes."""
         axes: list[np.ndarray | None] = [None] * len(sizes)
         several = []
         masks = self.masks(users)
         if self.by_entries and len(masks) == 1 and masks[0].rule.rule.name == "keep":  # which they are can wait
             count = self.count(sizes, users)
             assert count is not None
-            return Kept(tuple(axes), Entries(count, partial(_kept_entries, masks[0], key, sizes, self.spec.seed)))
+            return KeptIndices(
+                tuple(axes), Entries(count, partial(_kept_entries, masks[0], key, sizes, self.spec.seed))
+            )
         for mask in masks:
             shape = tuple(sizes[axis] for axis in mask.axes)
             scores = self._scores(mask, shape, users) if mask.rule.rule.name in SCORED else None
@@ -89,14 +91,16 @@ class Masking:
             else:
                 several.append((mask, positions))
         if not self.by_entries:
-            return Kept(tuple(axes))
+            return KeptIndices(tuple(axes))
         entries = _in_grid(sizes, axes, several)
         if not len(entries):
-            raise fail(f"the masks leave nothing of factor `{self.use.factor}`", several[0][0].rule.span)
+            raise fail(f"the masks leave nothing of factor `{self.sharing.factor}`", several[0][0].rule.span)
         return _of_entries(entries, sizes, {axis for axis, kept in enumerate(axes) if kept is not None})
 
-    def restored(self, name: str, keys: Sequence[Key], sizes: Sizes, users: Mapping[Key, Users]) -> list[Kept]:
-        """What a checkpoint has of the keys of a tensor.
+    def restored(
+        self, name: str, keys: Sequence[Key], sizes: FreeSizes, users: Mapping[Key, Users]
+    ) -> list[KeptIndices]:
+        """Read the kept indices of a tensor's keys from those that a checkpoint has.
 
         Raises:
             SpecError: it has indices of something else.
@@ -108,13 +112,13 @@ class Masking:
                 entries = [piece for pieces_of_key in pieces for piece in pieces_of_key if piece is not None]
                 return [_of_entries(each, sizes, axes) for each, axes in zip(entries, alone, strict=True)]
             wanted = ([size if axis in axes else None for axis, size in enumerate(sizes)] for axes in alone)
-            return [Kept(tuple(axes)) for axes in from_indices(self.saved[name], wanted)]
+            return [KeptIndices(tuple(axes)) for axes in from_indices(self.saved[name], wanted)]
         except ValueError:
             message = f"the saved indices of factor `{name}` are damaged, or of another model"
             raise fail(message, self.rules[0][0].span) from None
 
-    def count(self, sizes: Sizes, users: Users) -> int | None:
-        """How many numbers are kept of a key, where the rules alone say it."""
+    def count(self, sizes: FreeSizes, users: Users) -> int | None:
+        """The number of kept numbers of a key; None where the masks have to be drawn to tell."""
         masks = self.masks(users)
         if not all(mask.counts for mask in masks) or (self.by_entries and len(masks) > 1):
             return None
@@ -124,9 +128,9 @@ class Masking:
 
     def _scores(self, mask: Mask, shape: tuple[int, ...], users: Users) -> np.ndarray:
         found = []
-        for site, kind in users:
-            layout, names = self.layouts[kind], [self.use.names[kind][axis] for axis in mask.axes]
-            policies = [self.spec.policy(self.use.free[axis]) for axis in mask.axes]
+        for site, site_class in users:
+            layout, names = self.layouts[site_class], [self.sharing.names[site_class][axis] for axis in mask.axes]
+            policies = [self.spec.policy(self.sharing.free[axis]) for axis in mask.axes]
             places = [
                 serving_indices(policy, layout.sizes[name], size)
                 for policy, name, size in zip(policies, names, shape, strict=True)
@@ -135,16 +139,16 @@ class Masking:
         return served(found, shape)
 
 
-def _kept_entries(mask: Mask, key: Key, sizes: Sizes, seed: int) -> np.ndarray:
-    """What one mask of several axes keeps at random, as positions in the grid of all axes."""
+def _kept_entries(mask: Mask, key: Key, sizes: FreeSizes, seed: int) -> np.ndarray:  # shape: (kept,)
+    """Draw a random mask of several axes; positions in the grid of all axes."""
     positions = kept_indices(mask, key, tuple(sizes[axis] for axis in mask.axes), seed)
     return _in_grid(sizes, [None] * len(sizes), [(mask, positions)])
 
 
 def _in_grid(
-    sizes: Sizes, axes: Sequence[np.ndarray | None], several: Sequence[tuple[Mask, np.ndarray]]
+    sizes: FreeSizes, axes: Sequence[np.ndarray | None], several: Sequence[tuple[Mask, np.ndarray]]
 ) -> np.ndarray:  # shape: (kept,)
-    """What every mask keeps, as positions in the grid of all axes, ascending."""
+    """The positions in the grid of all axes that every mask keeps, ascending."""
     places: dict[int, np.ndarray] = {}
     if several:
         mask, positions = several[0]
@@ -169,24 +173,24 @@ def _chosen(places: dict[int, np.ndarray], which: np.ndarray) -> dict[int, np.nd
     return {axis: place[which] for axis, place in places.items()}
 
 
-def _of_entries(entries: np.ndarray, sizes: Sizes, masked: Set[int]) -> Kept:
+def _of_entries(entries: np.ndarray, sizes: FreeSizes, masked: Set[int]) -> KeptIndices:
     """Entries, with what they leave of the axes that are masked by themselves too."""
     places = np.unravel_index(entries, sizes)
-    return Kept(
+    return KeptIndices(
         tuple(np.unique(place) if axis in masked else None for axis, place in enumerate(places)), Entries.of(entries)
     )
 
 
 def masking(
-    spec: Spec, use: Use, layouts: Layouts, scores: Scores, saved: Mapping[str, np.ndarray] | None = None
-) -> Masking | None:
+    spec: Spec, sharing: Sharing, layouts: Layouts, scores: Scores, saved: Mapping[str, np.ndarray] | None = None
+) -> FactorMasks | None:
     """The masks of a factor, those of the factor that it starts from among them; None if there are none.
 
     Raises:
         SpecError: a masked mode is stored as site modes.
     """
     rules = []
-    for factor in reversed(origins(spec, use.factor)):
+    for factor in reversed(origins(spec, sharing.factor)):
         free = free_modes(first_reference(spec, factor), spec.modes)
         for rule in spec.masks:
             if rule.factor == factor:
@@ -195,17 +199,17 @@ def masking(
                     message = f"`{missing}` of `{factor}` holds site modes, and would mask whole matrices or layers"
                     raise fail(f"{message}; choose these under `target`", rule.span)
                 rules.append((rule, tuple(free.index(mode) for mode in rule.modes)))
-    return Masking(spec, use, layouts, scores, saved or {}, tuple(rules)) if rules else None
+    return FactorMasks(spec, sharing, layouts, scores, saved or {}, tuple(rules)) if rules else None
 
 
 def from_file(spec: Spec, factor: str) -> bool:
-    """Whether what is kept of a factor cannot be told from the spec alone."""
+    """Whether a file of scores decides what is kept of a factor, so that a checkpoint has to hold the indices."""
     names = origins(spec, factor)
     return any(rule.factor in names and rule.rule.name in SCORED for rule in spec.masks)
 
 
 def indices(block: Block) -> np.ndarray:  # shape: (n,), integers
-    """What is kept of a masked block as one list, for a checkpoint: of each piece its length, then its indices."""
+    """The kept indices of a masked block as one list, for a checkpoint: the length of each piece, then its indices."""
     pieces = []
     for key in block.keys:
         kept = block.kept[key] if block.kept is not None else (None,)

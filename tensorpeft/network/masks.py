@@ -9,7 +9,7 @@ from math import prod
 
 import numpy as np
 
-from tensorpeft.language.errors import fail
+from tensorpeft.language.errors import InternalError, fail
 from tensorpeft.language.spec import MaskRule
 from tensorpeft.language.syntax import Expression
 from tensorpeft.model.shape import Key, Site
@@ -29,7 +29,7 @@ class Mask:
 
     @property
     def said(self) -> tuple[str, float]:
-        """What two masks of the same axes have in common if they mean the same."""
+        """Equal for two masks of the same axes that mean the same."""
         return str(self.rule.rule.args[0]) if self.rule.rule.name == "where" else self.rule.rule.name, self.value
 
     @property
@@ -97,11 +97,13 @@ def kept_indices(
         case "sample":
             assert scores is not None
             return _sample(mask, state, scores.ravel(), mask.count(size))
-        case _:  # where
+        case "where":
             return _where(mask, shape, sizes or {})
+        case _:
+            raise InternalError(f"`{rule.rule}` of `{rule.factor}` is a mask rule that keeps nothing")
 
 
-def _bernoulli(state: int, size: int, p: float, *, alone: bool) -> np.ndarray:
+def _bernoulli(state: int, size: int, p: float, *, alone: bool) -> np.ndarray:  # shape: (kept,)
     """Of one mode each index has a draw of its own; of the many entries of several modes, each gap between two kept ones."""
     if alone:
         draws = _draws(state, size)
@@ -120,11 +122,13 @@ def _bernoulli(state: int, size: int, p: float, *, alone: bool) -> np.ndarray:
     return kept if len(kept) else random.bits(state, [np.arange(1)]).astype(np.int64) % size
 
 
-def _keep(state: int, size: int, count: int, *, alone: bool) -> np.ndarray:
+def _keep(state: int, size: int, count: int, *, alone: bool) -> np.ndarray:  # shape: (count,)
     """Of one mode the indices of the smallest draws; of the many entries of several, the first distinct positions drawn."""
     if alone:
         return np.sort(np.argsort(_draws(state, size), kind="stable")[:count])
-    if 2 * count > size:
+    if (
+        2 * count > size
+    ):  # drawing until nearly all are met would take ever longer; draw those that are left out instead
         return (
             np.setdiff1d(np.arange(size), _keep(state, size, size - count, alone=False))
             if count < size
@@ -140,18 +144,18 @@ def _keep(state: int, size: int, count: int, *, alone: bool) -> np.ndarray:
 
 
 @lru_cache(maxsize=4096)
-def _draws(state: int, size: int) -> np.ndarray:
+def _draws(state: int, size: int) -> np.ndarray:  # shape: (size,)
     return random.uniform(state, [np.arange(size)])
 
 
-def _top(scores: np.ndarray, count: int) -> np.ndarray:
+def _top(scores: np.ndarray, count: int) -> np.ndarray:  # shape: (size,) -> (count,)
     """The positions of the largest scores; of equal ones the first."""
     least = np.partition(scores, len(scores) - count)[len(scores) - count]
     above, equal = np.flatnonzero(scores > least), np.flatnonzero(scores == least)
     return np.sort(np.concatenate([above, equal[: count - len(above)]]))
 
 
-def _sample(mask: Mask, state: int, scores: np.ndarray, count: int) -> np.ndarray:
+def _sample(mask: Mask, state: int, scores: np.ndarray, count: int) -> np.ndarray:  # (size,) -> (count,)
     """Draws without replacement: the positions of the smallest exponential numbers of these rates.
 
     Efraimidis and Spirakis, "Weighted random sampling with a reservoir", 2006.
@@ -175,6 +179,6 @@ def _where(mask: Mask, shape: tuple[int, ...], sizes: Mapping[str, float]) -> np
 @lru_cache(maxsize=16)  # it is the same for every key
 def _nonzero(
     expression: Expression, modes: tuple[str, ...], shape: tuple[int, ...], sizes: tuple[tuple[str, float], ...]
-) -> np.ndarray:
+) -> np.ndarray:  # shape: (kept,)
     indices = dict(zip(modes, np.ix_(*map(np.arange, shape)), strict=True))
     return np.flatnonzero(evaluate(expression, indices, {**dict(sizes), **dict(zip(modes, shape, strict=True))}))

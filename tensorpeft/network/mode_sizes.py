@@ -10,13 +10,13 @@ from typing import TypeVar
 
 from tensorpeft.language.errors import fail, listing
 from tensorpeft.language.keywords import LAYER
+from tensorpeft.language.modes import Parts, expand, parts_of, split_modes
 from tensorpeft.language.source import Span
 from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Definition, Expression, Part, Spectral
 from tensorpeft.model.shape import ModelShape, Site
 from tensorpeft.network.initialisers import origins
-from tensorpeft.network.modes import Parts, parts_of, split_modes
-from tensorpeft.network.site_classes import Kind, chosen
+from tensorpeft.network.site_classes import SiteClass, chosen
 
 _Value = TypeVar("_Value")
 Splits = dict[str, list[tuple[str, ...]]]  # of each side the ways to split it
@@ -24,7 +24,7 @@ LARGEST = 2**31  # of one mode: beyond it nothing fits a tensor index
 
 
 @dataclass(frozen=True, eq=False)
-class Layout:
+class ModeLayout:
     """Sizes and parts of the modes that products use at a site; ``names`` are those that initialisers and masks speak of.
 
     A side may be split in several ways: a product uses the one that it carries a part of.
@@ -39,12 +39,12 @@ class Layout:
 
     @property
     def meaning(self) -> object:
-        """What two of the same spec are compared by."""
+        """Equal for two layouts of one spec that combine its factors in the same way."""
         ways = tuple((side, *splits) for side, splits in self.splits.items())
         return frozenset(self.sizes.items()), ways, self.scale, frozenset(self.names.items())
 
     def atoms(self, carried: Collection[str], span: Span | None = None) -> dict[str, tuple[str, ...]]:
-        """What some modes, and both sides, come down to: each to itself, or to its parts where another lies partly within it.
+        """The atoms of some modes and of both sides: a mode itself, or its parts where another one lies partly within it.
 
         Raises:
             SpecError: they lie in two splits of one side; ``span`` is where they stand.
@@ -53,17 +53,19 @@ class Layout:
         modes = (*carried, *SIDES)
         whole = dict.fromkeys(modes)
         while mixed := [mode for mode in whole if mode in parts and _overlaps(mode, whole, parts)]:
-            largest = max(mixed, key=lambda mode: len(_leaves(mode, parts)))  # its parts may be enough
+            largest = max(mixed, key=lambda mode: len(expand(mode, parts)))  # its parts may be enough
             del whole[largest]
             whole |= dict.fromkeys(parts[largest])
-        return {mode: _within(mode, whole, parts) for mode in modes}
+        return {mode: expand(mode, parts, whole) for mode in modes}
 
     def _chosen(self, carried: Iterable[str], span: Span | None) -> Parts:
         """Of each side that these modes carry a part of, the split that it is in."""
-        leaves = set[str]().union(*(_leaves(mode, self.parts) for mode in carried))
+        leaves = {leaf for mode in carried for leaf in expand(mode, self.parts)}
         found: Parts = {}
         for side, splits in self.splits.items():
-            meant = [split for split in splits if any(leaves & _leaves(part, self.parts) for part in split)]
+            meant = [
+                split for split in splits if any(not leaves.isdisjoint(expand(part, self.parts)) for part in split)
+            ]
             if len(meant) > 1:
                 ways = listing(" * ".join(split) for split in meant)
                 raise fail(f"this product splits {side} of {self.site} in several ways, {ways}; expected one", span)
@@ -73,40 +75,34 @@ class Layout:
 
 
 def _overlaps(mode: str, others: Iterable[str], parts: Parts) -> bool:
-    mine = _leaves(mode, parts)
-    return any(other != mode and not mine.isdisjoint(_leaves(other, parts)) for other in others)
+    mine = {*expand(mode, parts)}
+    return any(other != mode and not mine.isdisjoint(expand(other, parts)) for other in others)
 
 
-def _leaves(mode: str, parts: Parts) -> set[str]:
-    return set().union(*(_leaves(part, parts) for part in parts[mode])) if mode in parts else {mode}
-
-
-def _within(mode: str, whole: Iterable[str], parts: Parts) -> tuple[str, ...]:
-    return (mode,) if mode in whole else tuple(atom for part in parts[mode] for atom in _within(part, whole, parts))
-
-
-def layout(spec: Spec, model: ModelShape, kind: Kind) -> Layout:
+def layout(spec: Spec, model: ModelShape, site_class: SiteClass) -> ModeLayout:
     """Resolve the modes that the products of a kind of sites use.
 
     Raises:
         SpecError: a size that is not a positive whole number, a split that does not divide, a matrix without heads.
     """
-    sizes = _Sizes(spec, model, kind)
+    sizes = _SizeResolver(spec, model, site_class)
     written = (*dict(spec.ranks), *(part.name for definition in spec.modes for part in definition.parts))
-    for mode in dict.fromkeys((*written, *sorted(kind.used))):  # in the order of the text, for the first error's sake
-        if mode in kind.used and mode not in SITE_MODES:
+    for mode in dict.fromkeys(
+        (*written, *sorted(site_class.used))
+    ):  # in the order of the text, for the first error's sake
+        if mode in site_class.used and mode not in SITE_MODES:
             sizes.size(mode)
-    scale = chosen(spec.scale, "`scale`", kind.example)
+    scale = chosen(spec.scale, "`scale`", site_class.example)
     given = {} if spec.alpha is None else {"alpha": spec.alpha}
     scaled = float(scale.evaluate({**sizes.names(scale.names), **given}))
-    spoken = _spoken_of(spec, kind) - {LAYER}  # which is a key's
+    spoken = _spoken_of(spec, site_class) - {LAYER}  # which is a key's
     names = {name: value for name, value in sizes.names(spoken).items() if name in spoken}
-    return Layout(kind.example, sizes.known, sizes.parts, sizes.splits, scaled, names)
+    return ModeLayout(site_class.example, sizes.known, sizes.parts, sizes.splits, scaled, names)
 
 
-def _spoken_of(spec: Spec, kind: Kind) -> set[str]:
-    """The names in the initialisers and mask rules of a kind's factors."""
-    factors = {f.factor for product in kind.products for f in product.factors} - {BASE_WEIGHT}
+def _spoken_of(spec: Spec, site_class: SiteClass) -> set[str]:
+    """The names in the initialisers and mask rules of the factors of a class of sites."""
+    factors = {f.factor for product in site_class.products for f in product.factors} - {BASE_WEIGHT}
     inits = [spec.factor(origins(spec, factor)[-1]).init for factor in factors]
     spoken = [init.power if isinstance(init, Spectral) else init for init in inits]
     return {name for each in (*spoken, *(rule.rule for rule in spec.masks)) for name in each.names}
@@ -119,11 +115,11 @@ def _sizes_of(model: ModelShape, site: Site) -> dict[str, int]:
     return {**dict(model.sizes), **own}
 
 
-class _Sizes:
+class _SizeResolver:
     """The sizes at one kind of sites, each found when it is asked for."""
 
-    def __init__(self, spec: Spec, model: ModelShape, kind: Kind) -> None:
-        self.spec, self.kind, self.site = spec, kind, kind.example
+    def __init__(self, spec: Spec, model: ModelShape, site_class: SiteClass) -> None:
+        self.spec, self.site_class, self.site = spec, site_class, site_class.example
         self.parts = parts_of(definition for definition in spec.modes if definition.name not in SIDES)
         self.splits: Splits = {
             side: [tuple(part.name for part in d.parts) for d in spec.modes if d.name == side] for side in SIDES
@@ -136,7 +132,7 @@ class _Sizes:
         self.definitions = {definition.name: definition for definition in spec.modes}
         self.split_of = {part.name: d for d in spec.modes if d.name in splits for part in d.parts}
         self.written = {part.name: part.size for d in spec.modes for part in d.parts if part.size is not None}
-        if not kind.used.isdisjoint(STRUCTURAL_MODES):
+        if not site_class.used.isdisjoint(STRUCTURAL_MODES):
             self._add_structure()
 
     def names(self, names: Iterable[str]) -> dict[str, float]:
@@ -201,7 +197,7 @@ class _Sizes:
 
     def _add_structure(self) -> None:
         """Give `head`, `head_dim` and `width` their sizes, and split each side by them unless the spec does so itself."""
-        site, used = self.site, self.kind.used
+        site, used = self.site, self.site_class.used
         heads = said_of(site, self.spec.heads.count, site.heads)
         written = {part: side for side, splits in self.splits.items() for split in splits for part in split}
         side = written.get("head", said_of(site, self.spec.heads.side, site.head_side)) or "d_out"
@@ -222,7 +218,7 @@ class _Sizes:
             self.splits[other].append(("width",))
 
     def _structural_span(self) -> Span | None:
-        references = (f for product in self.kind.products for f in product.factors)
+        references = (f for product in self.site_class.products for f in product.factors)
         spans = (f.span for f in references if not set(STRUCTURAL_MODES).isdisjoint(f.modes))
         return next(spans, None) or self.spec.update.span
 

@@ -1,4 +1,6 @@
-"""The network of an adapter: what a spec means on a given model. Frozen, hashable by identity, printable, without torch.
+"""The network of an adapter: what a spec means on a given model. A frozen value, without torch: it prints, hashes and compares.
+
+Two networks are equal if they store the same tensors, of which masks keep the same, and use them in the same way.
 
     Network
     ├── blocks    the tensors that are stored: one per factor, and per size where a mode is ragged
@@ -12,8 +14,9 @@ its parts where another factor carries one of these. Contractions speak of atoms
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
+from hashlib import sha256
 from math import prod
 
 import numpy as np
@@ -47,7 +50,7 @@ class Unfolding:
 
 @dataclass(frozen=True)
 class Entries:
-    """What a mask of several modes keeps of one key: positions in the grid of all free axes, ascending.
+    """The entries of one key that a mask of several modes keeps: positions in the grid of all free axes, ascending.
 
     They are drawn when first asked for: a report of a large model needs their number alone.
     """
@@ -80,13 +83,38 @@ class Block:
     rule: FactorRule
     axes: tuple[Axis, ...]
     keys: tuple[Key, ...]  # in storage order
-    kept: dict[Key, tuple[np.ndarray | None, ...]] | None = field(default=None, hash=False, compare=False)
-    entries: dict[Key, Entries] | None = field(default=None, hash=False, compare=False)
+    kept: dict[Key, tuple[np.ndarray | None, ...]] | None = field(default=None, compare=False)  # see ``mask_digest``
+    entries: dict[Key, Entries] | None = field(default=None, compare=False)
     origin: str = ""  # the factor whose numbers it starts from: another one's where its `init` is `start(...)`
     init: Initialiser = Call("zeros")  # how that one starts
     stack: str = ""  # of several stacks, whose it is
-    names: dict[Key, dict[str, float]] = field(default_factory=dict, hash=False, compare=False)  # what `init` speaks of
+    names: dict[Key, dict[str, float]] = field(default_factory=dict, hash=False)  # the sizes that `init` speaks of
     unfolding: Unfolding | None = None  # of one that is data-dependent
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Block):
+            return NotImplemented
+        compared = (each.name for each in fields(self) if each.compare)
+        same = all(getattr(self, name) == getattr(other, name) for name in compared)
+        return same and self.mask_digest == other.mask_digest
+
+    @cached_property
+    def mask_digest(self) -> str | None:
+        """SHA-256 of what masks keep, key by key: the indices of each masked axis, or the entries. None: no mask.
+
+        A checkpoint holds it: its text must never change.
+        """
+        if self.entries is not None:
+            hashed = sha256()
+            for key in self.keys:
+                hashed.update(f"{key}\n".encode() + self.entries[key].positions.astype("<i8").tobytes())
+            return hashed.hexdigest()
+        if self.kept is None:
+            return None
+        places = (
+            (key, axis, kept) for key in self.keys for axis, kept in enumerate(self.kept[key]) if kept is not None
+        )
+        return sha256("\n".join(f"{key} {axis} {kept.tolist()}" for key, axis, kept in places).encode()).hexdigest()
 
     @property
     def packed(self) -> bool:
@@ -178,8 +206,9 @@ class Term:
     sizes: dict[str, int] = field(hash=False)  # atom -> what masks leave of it
     d_out: tuple[str, ...]  # atoms of the output side, the first the slowest
     d_in: tuple[str, ...]
-    rows: np.ndarray | None = field(default=None, hash=False, compare=False)  # ascending; None: all of them
-    columns: np.ndarray | None = field(default=None, hash=False, compare=False)
+    # which rows and columns, ascending (None: all of them); masks tell them, so what operands are equal tells whether these are
+    rows: np.ndarray | None = field(default=None, compare=False)
+    columns: np.ndarray | None = field(default=None, compare=False)
 
     @property
     def sides(self) -> tuple[str, ...]:

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensorpeft.language.errors import fail, listing
+from tensorpeft.language.modes import free_modes
 from tensorpeft.language.spec import BASE_WEIGHT, SIDES, FactorRule, Spec
 from tensorpeft.language.syntax import Call, Product, Reference
 from tensorpeft.model.shape import Key, Site
 from tensorpeft.network.blocks import Storage
-from tensorpeft.network.mode_sizes import Layout
-from tensorpeft.network.modes import free_modes
+from tensorpeft.network.mode_sizes import ModeLayout
 from tensorpeft.network.network import Axis, Block, Group, Operand, Term
-from tensorpeft.network.site_classes import Kind
+from tensorpeft.network.site_classes import SiteClass
 
-Kept = dict[str, np.ndarray]  # atom -> the indices that masks leave of it, ascending
+KeptAtoms = dict[str, np.ndarray]  # atom -> the indices that masks leave of it, ascending
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class _Factor:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """What the terms of a group have in common."""
+class _GroupContext:
+    """The arguments that building every term of a group needs."""
 
     spec: Spec
-    kind: Kind
-    layout: Layout
+    site_class: SiteClass
+    layout: ModeLayout
     sites: tuple[Site, ...]
     base: Block
 
@@ -49,15 +49,20 @@ class _Place:
 
 
 def group(
-    spec: Spec, storages: Mapping[str, Storage], kind: Kind, layout: Layout, sites: tuple[Site, ...], base: Block
+    spec: Spec,
+    storages: Mapping[str, Storage],
+    site_class: SiteClass,
+    layout: ModeLayout,
+    sites: tuple[Site, ...],
+    base: Block,
 ) -> Group:
     """The terms of sites at which the same blocks combine in the same way.
 
     Raises:
         SpecError: the modes of a product do not fit each other, or its masks leave nothing.
     """
-    place = _Place(spec, kind, layout, sites, base)
-    return Group(sites, layout.scale, tuple(_term(place, storages, product) for product in kind.products))
+    context = _GroupContext(spec, site_class, layout, sites, base)
+    return Group(sites, layout.scale, tuple(_term(context, storages, product) for product in site_class.products))
 
 
 def base_weight(site: Site) -> Block:
@@ -66,15 +71,15 @@ def base_weight(site: Site) -> Block:
     return Block(BASE_WEIGHT, BASE_WEIGHT, FactorRule(Call(BASE_WEIGHT), frozen=True), axes, ((),))
 
 
-def _term(place: _Place, storages: Mapping[str, Storage], product: Product) -> Term:
-    definitions, sizes = place.spec.modes, place.layout.sizes
+def _term(context: _GroupContext, storages: Mapping[str, Storage], product: Product) -> Term:
+    definitions, sizes = context.spec.modes, context.layout.sizes
     factors = [_Factor(f, free_modes(f, definitions), storages.get(f.factor)) for f in product.factors]
-    atoms = place.layout.atoms(dict.fromkeys(mode for factor in factors for mode in factor.modes), product.span)
-    _check_atoms(product, factors, atoms, place.site)
+    atoms = context.layout.atoms(dict.fromkeys(mode for factor in factors for mode in factor.modes), product.span)
+    _check_atoms(product, factors, atoms, context.site)
     for factor in factors:
-        _check_sizes(place, factor)
-    kept = _kept_atoms(place, factors, atoms)
-    operands = tuple(_operand(place, factor, atoms, kept) for factor in factors)
+        _check_sizes(context, factor)
+    kept = _kept_atoms(context, factors, atoms)
+    operands = tuple(_operand(context, factor, atoms, kept) for factor in factors)
     rows, columns = (_flat_indices(atoms[side], sizes, kept) for side in SIDES)
     left = {atom: len(kept[atom]) if atom in kept else sizes[atom] for each in atoms.values() for atom in each}
     return Term(product.sign, operands, left, atoms["d_out"], atoms["d_in"], rows, columns)
@@ -97,41 +102,41 @@ def _check_atoms(
             raise fail(f"no factor of this product carries `{missing}`, the {side} of {site}", product.span)
 
 
-def _check_sizes(place: _Place, factor: _Factor) -> None:
+def _check_sizes(context: _GroupContext, factor: _Factor) -> None:
     """The modes of a reference have the sizes of the tensor that it refers to."""
-    names = SIDES if factor.storage is None else factor.storage.use.names[place.kind]
+    names = SIDES if factor.storage is None else factor.storage.sharing.names[context.site_class]
     for mode, name in zip(factor.modes, names, strict=True):
-        found, expected = place.layout.sizes[mode], place.layout.sizes[name]
+        found, expected = context.layout.sizes[mode], context.layout.sizes[name]
         if found != expected:
-            message = f"`{factor.reference}` has {mode} = {found} at {place.site}, expected {name} = {expected}"
+            message = f"`{factor.reference}` has {mode} = {found} at {context.site}, expected {name} = {expected}"
             raise fail(message, factor.reference.span)
 
 
-def _kept_atoms(place: _Place, factors: Sequence[_Factor], atoms: Mapping[str, tuple[str, ...]]) -> Kept:
-    """What is left of each masked mode of a product: what every factor that masks it keeps."""
-    kept: Kept = {}
+def _kept_atoms(context: _GroupContext, factors: Sequence[_Factor], atoms: Mapping[str, tuple[str, ...]]) -> KeptAtoms:
+    """The indices of each masked mode of a product that all factors with a mask on it keep."""
+    kept: KeptAtoms = {}
     for factor in factors:
         if factor.storage is None:
             continue
         for position, mode in enumerate(factor.modes):
-            left = factor.storage.kept(place.site, position)
+            left = factor.storage.kept(context.site, position)
             if left is None:
                 continue
             rule = factor.storage.rule(position)
             if atoms[mode] != (mode,):
                 message = f"`{mode}` cannot be masked: another factor of the product carries a part of it"
                 raise fail(f"{message}; mask one of {listing(atoms[mode])} there instead", rule.span)
-            serving = factor.storage.serving(place.site, position, place.layout.sizes[mode])
+            serving = factor.storage.serving(context.site, position, context.layout.sizes[mode])
             indices = np.flatnonzero(np.isin(serving, left))
             kept[mode] = np.intersect1d(kept[mode], indices) if mode in kept else indices
             if not len(kept[mode]):
-                raise fail(f"the masks leave nothing of mode `{mode}` at {place.site}", rule.span)
+                raise fail(f"the masks leave nothing of mode `{mode}` at {context.site}", rule.span)
     return kept
 
 
-def _operand(place: _Place, factor: _Factor, atoms: Mapping[str, tuple[str, ...]], kept: Kept) -> Operand:
-    storage, sizes, site = factor.storage, place.layout.sizes, place.site
-    block = place.base if storage is None else storage.block(site)
+def _operand(context: _GroupContext, factor: _Factor, atoms: Mapping[str, tuple[str, ...]], kept: KeptAtoms) -> Operand:
+    storage, sizes, site = factor.storage, context.layout.sizes, context.site
+    block = context.base if storage is None else storage.block(site)
     take: list[Sequence[int] | None] = []
     for position, mode in enumerate(factor.modes):
         used = _flat_indices(atoms[mode], sizes, kept)
@@ -146,8 +151,8 @@ def _operand(place: _Place, factor: _Factor, atoms: Mapping[str, tuple[str, ...]
             take.append(_positions(wanted, storage.stored(site, position), axis_size))
     mine = tuple(atom for mode in factor.modes for atom in atoms[mode])
     left = tuple(len(kept[atom]) if atom in kept else sizes[atom] for atom in mine)
-    site_modes = () if storage is None else storage.use.site_modes
-    keys: tuple[Key, ...] = tuple(() if storage is None else storage.key(each) for each in place.sites)
+    site_modes = () if storage is None else storage.sharing.site_modes
+    keys: tuple[Key, ...] = tuple(() if storage is None else storage.key(each) for each in context.sites)
     return Operand(factor.name, block, mine, left, site_modes, keys, tuple(take))
 
 
@@ -158,7 +163,7 @@ def _positions(wanted: np.ndarray, stored: np.ndarray | None, axis_size: int) ->
     return None if np.array_equal(positions, np.arange(n_stored)) else tuple(positions.tolist())
 
 
-def _flat_indices(atoms: tuple[str, ...], sizes: Mapping[str, int], kept: Kept) -> np.ndarray | None:
+def _flat_indices(atoms: tuple[str, ...], sizes: Mapping[str, int], kept: KeptAtoms) -> np.ndarray | None:
     """The kept indices of a mode from those of its atoms, the first the slowest; None: all of them."""
     if not kept.keys() & {*atoms}:
         return None

@@ -1,12 +1,10 @@
-"""How large the matrix rank of dW can be: the minimum cut of the network between its output and its input."""
+"""An upper bound of the matrix rank of dW: the minimum cut of the network between its output and its input."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from math import log, prod
 from typing import Any
-
-import networkx as nx
 
 from tensorpeft.network.graph import graph, modes
 from tensorpeft.network.network import Group, Network, Term
@@ -29,7 +27,7 @@ def minimum_cut(term: Term) -> tuple[str, ...]:
 
 
 def _entries(term: Term) -> dict[int, int]:
-    """How many entries at most there are of each operand of which masks keep entries."""
+    """For each operand with a mask on entries, the most entries that any of its keys keeps."""
     return {
         number: max(entries[key].count for key in operand.keys)
         for number, operand in enumerate(term.operands)
@@ -44,6 +42,8 @@ def _cut(term: Term, costs: Mapping[Any, int]) -> dict[str | int, int]:
     copy tensor is cut once). A factor of few entries is a sum of as many tensors that have no mode left, so it may be cut at
     their number; other factors cannot be cut. Site modes are fixed at a site and do not count.
     """
+    import networkx as nx  # late: a fifth of a second to import, and counting needs no cut
+
     network = graph(term)
     joining = sorted(modes(network, "input", "output", "bond"))
     flow = nx.DiGraph()

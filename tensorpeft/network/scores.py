@@ -13,7 +13,7 @@ import numpy as np
 from tensorpeft.language.errors import SpecError, did_you_mean, fail, listing
 from tensorpeft.language.spec import SIDES, MaskRule, Spec
 from tensorpeft.model.shape import Site
-from tensorpeft.network.mode_sizes import Layout
+from tensorpeft.network.mode_sizes import ModeLayout
 
 
 class Scores:
@@ -27,7 +27,9 @@ class Scores:
         beside = Path(spec.source.name).parent / self._name if spec.source else Path(self._name)
         self._path = beside if beside.is_file() else Path(self._name)
 
-    def at(self, site: Site, names: Sequence[str], layout: Layout, rule: MaskRule) -> np.ndarray:
+    def at(
+        self, site: Site, names: Sequence[str], layout: ModeLayout, rule: MaskRule
+    ) -> np.ndarray:  # shape: sizes of names
         """The scores of a site over the grid of some modes: as they are, or summed over the rest of the weight's elements.
 
         Raises:
@@ -51,7 +53,7 @@ class Scores:
         left = [atom for atom in elements if atom in wanted]
         return summed.transpose([left.index(atom) for atom in wanted]).reshape(shape)
 
-    def _read(self, site: Site, rule: MaskRule) -> np.ndarray:
+    def _read(self, site: Site, rule: MaskRule) -> np.ndarray:  # shape: as it was saved
         labels = f"{site.matrix}.{site.layer}", f"{site.matrix}.{site.layer}.{site.expert}", site.path
         try:
             archive = np.load(self._path, allow_pickle=False)
@@ -74,7 +76,9 @@ class Scores:
         return array.astype(np.float64, copy=False)
 
 
-def served(scores: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], shape: tuple[int, ...]) -> np.ndarray:
+def served(
+    scores: Sequence[tuple[np.ndarray, Sequence[np.ndarray]]], shape: tuple[int, ...]
+) -> np.ndarray:  # of this shape
     """The sum of the scores of several sites over the axes of the tensor that serves them.
 
     Each comes with, for each of its axes, the index of the tensor that serves an index of the site.

@@ -1,4 +1,4 @@
-"""Who uses a factor: at which sites, by which names of its modes, and which tensor serves them."""
+"""Sharing: which sites use a factor, under which names of its modes, and which of its tensors serves each."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from dataclasses import dataclass
 import numpy as np
 
 from tensorpeft.language.errors import fail
+from tensorpeft.language.modes import free_modes, written_modes
 from tensorpeft.language.spec import SITE_MODES, Spec
 from tensorpeft.language.syntax import Reference
 from tensorpeft.model.shape import Key, Site
-from tensorpeft.network.mode_sizes import Layout
-from tensorpeft.network.modes import free_modes, written_modes
-from tensorpeft.network.site_classes import Kind
+from tensorpeft.network.mode_sizes import ModeLayout
+from tensorpeft.network.site_classes import SiteClass
 
-Sizes = tuple[int, ...]  # of the free written modes of a factor
-Layouts = Mapping[Kind, Layout]
-Placed = Sequence[tuple[Site, Kind]]
-Users = list[tuple[Site, Kind]]
+FreeSizes = tuple[int, ...]  # of the free written modes of a factor
+Layouts = Mapping[SiteClass, ModeLayout]
+Placed = Sequence[tuple[Site, SiteClass]]
+Users = list[tuple[Site, SiteClass]]
 
 
 @dataclass(frozen=True)
-class Use:
-    """A factor at the sites that have it: the modes of its first reference name those of the stored tensor."""
+class Sharing:
+    """The sites that use a factor, by class. The modes of its first reference name those of the stored tensor."""
 
     factor: str
     written: tuple[str, ...]
-    names: dict[Kind, tuple[str, ...]]  # the free modes of the first reference at each kind of sites
+    names: dict[SiteClass, tuple[str, ...]]  # the free modes of the first reference at each kind of sites
 
     @property
     def site_modes(self) -> tuple[str, ...]:
@@ -44,24 +44,24 @@ class Use:
         """Under which label a site's numbers are stored."""
         return tuple(getattr(site, mode) for mode in self.site_modes)
 
-    def sizes(self, kind: Kind, layouts: Layouts) -> Sizes:
-        """What a kind of sites wants of each free mode."""
-        sizes = layouts[kind].sizes
-        return tuple(sizes[mode] for mode in self.names[kind])
+    def sizes(self, site_class: SiteClass, layouts: Layouts) -> FreeSizes:
+        """The sizes of the free modes at a class of sites."""
+        sizes = layouts[site_class].sizes
+        return tuple(sizes[mode] for mode in self.names[site_class])
 
 
-def use(spec: Spec, factor: str, kinds: Iterable[Kind]) -> Use:
-    """Who uses a factor, and by which names of its modes."""
+def sharing_of(spec: Spec, factor: str, classes: Iterable[SiteClass]) -> Sharing:
+    """Find the classes of sites that use a factor, and the names that its free modes have there."""
     names = {}
-    for kind in kinds:
-        reference = _first(factor, (f for product in kind.products for f in product.factors))
+    for site_class in classes:
+        reference = _first(factor, (f for product in site_class.products for f in product.factors))
         if reference is not None:
-            names[kind] = free_modes(reference, spec.modes)
-    return Use(factor, written_modes(first_reference(spec, factor), spec.modes), names)
+            names[site_class] = free_modes(reference, spec.modes)
+    return Sharing(factor, written_modes(first_reference(spec, factor), spec.modes), names)
 
 
 def first_reference(spec: Spec, factor: str) -> Reference:
-    """Where a factor is written first: this says how it is stored."""
+    """The first mention of a factor in the update; its modes, in their order, are those of the stored tensors."""
     reference = _first(factor, (f for product in spec.update.products for f in product.factors))
     assert reference is not None
     return reference
@@ -71,36 +71,36 @@ def _first(factor: str, references: Iterable[Reference]) -> Reference | None:
     return next((reference for reference in references if reference.factor == factor), None)
 
 
-def users_of(spec: Spec, use: Use, placed: Placed, layouts: Layouts) -> dict[tuple[Key, Sizes], Users]:
+def users_of(spec: Spec, sharing: Sharing, placed: Placed, layouts: Layouts) -> dict[tuple[Key, FreeSizes], Users]:
     """The sites that each key of each tensor of a factor serves, by the sizes of the tensor, in the order of the sites.
 
     Raises:
         SpecError: sizes that differ do not fit the policy of their mode.
     """
-    wanted = {kind: use.sizes(kind, layouts) for kind in use.names}
-    refuse_ragged(spec, use, wanted.values())
-    several: dict[Key, set[Sizes]] = defaultdict(set)
-    sites = [(site, kind, use.key(site)) for site, kind in placed if kind in wanted]
-    for _, kind, key in sites:
-        several[key].add(wanted[kind])
-    serving = {key: serving_sizes(spec, use, frozenset(sizes)) for key, sizes in several.items()}
+    wanted = {site_class: sharing.sizes(site_class, layouts) for site_class in sharing.names}
+    refuse_ragged(spec, sharing, wanted.values())
+    several: dict[Key, set[FreeSizes]] = defaultdict(set)
+    sites = [(site, site_class, sharing.key(site)) for site, site_class in placed if site_class in wanted]
+    for _, site_class, key in sites:
+        several[key].add(wanted[site_class])
+    serving = {key: serving_sizes(spec, sharing, frozenset(sizes)) for key, sizes in several.items()}
     ordered = [(key, sizes) for key, by_wanted in serving.items() for sizes in sorted(set(by_wanted.values()))]
-    found: dict[tuple[Key, Sizes], Users] = {each: [] for each in ordered}
-    for site, kind, key in sites:
-        found[key, serving[key][wanted[kind]]].append((site, kind))
+    found: dict[tuple[Key, FreeSizes], Users] = {each: [] for each in ordered}
+    for site, site_class, key in sites:
+        found[key, serving[key][wanted[site_class]]].append((site, site_class))
     return found
 
 
-def serving_sizes(spec: Spec, use: Use, wanted: frozenset[Sizes]) -> dict[Sizes, Sizes]:
+def serving_sizes(spec: Spec, sharing: Sharing, wanted: frozenset[FreeSizes]) -> dict[FreeSizes, FreeSizes]:
     """For each of the sizes that the sites of one key want of a factor, those of the tensor that serves them.
 
     Raises:
         SpecError: a size is no multiple of the one that is to serve it.
     """
-    policies = tuple(spec.policy(mode) for mode in use.free)
+    policies = tuple(spec.policy(mode) for mode in sharing.free)
     if len(wanted) == 1 or not {"slice", "group"}.intersection(policies):
         return {sizes: sizes for sizes in wanted}
-    together: dict[Sizes, list[Sizes]] = defaultdict(list)
+    together: dict[FreeSizes, list[FreeSizes]] = defaultdict(list)
     for sizes in wanted:
         apart = tuple(size for size, policy in zip(sizes, policies, strict=True) if policy not in ("slice", "group"))
         together[apart].append(sizes)
@@ -109,32 +109,32 @@ def serving_sizes(spec: Spec, use: Use, wanted: frozenset[Sizes]) -> dict[Sizes,
         columns = zip(policies, *several, strict=True)
         serving = tuple(min(sizes) if policy == "group" else max(sizes) for policy, *sizes in columns)
         for sizes in several:
-            _refuse_uneven(spec, use, policies, sizes, serving)
+            _refuse_uneven(spec, sharing, policies, sizes, serving)
             found[sizes] = serving
     return found
 
 
-def _refuse_uneven(spec: Spec, use: Use, policies: Sequence[str], sizes: Sizes, serving: Sizes) -> None:
-    for mode, policy, size, least in zip(use.free, policies, sizes, serving, strict=True):
+def _refuse_uneven(spec: Spec, sharing: Sharing, policies: Sequence[str], sizes: FreeSizes, serving: FreeSizes) -> None:
+    for mode, policy, size, least in zip(sharing.free, policies, sizes, serving, strict=True):
         if policy == "group" and size % least:
             message = (
-                f"mode `{mode}` of factor `{use.factor}` is `group`, but its size {size} is no multiple of {least}"
+                f"mode `{mode}` of factor `{sharing.factor}` is `group`, but its size {size} is no multiple of {least}"
             )
-            raise fail(f"{message}, its least", spec.factor(use.factor).span or spec.span)
+            raise fail(f"{message}, its least", spec.factor(sharing.factor).span or spec.span)
 
 
-def refuse_ragged(spec: Spec, use: Use, wanted: Iterable[Sizes]) -> None:
+def refuse_ragged(spec: Spec, sharing: Sharing, wanted: Iterable[FreeSizes]) -> None:
     """Hold what sites want of a factor to `ragged: error`.
 
     Raises:
         SpecError: the sizes of a mode differ, and its policy forbids that.
     """
-    for mode, *sizes in zip(use.free, *wanted, strict=True):
+    for mode, *sizes in zip(sharing.free, *wanted, strict=True):
         if spec.policy(mode) == "error" and len(set(sizes)) > 1:
             found = " and ".join(map(str, sorted(set(sizes))))
             raise fail(
-                f"mode `{mode}` of factor `{use.factor}` is ragged, its sizes are {found}, and `ragged: error` forbids it",
-                spec.factor(use.factor).span or spec.span,
+                f"mode `{mode}` of factor `{sharing.factor}` is ragged, its sizes are {found}, and `ragged: error` forbids it",
+                spec.factor(sharing.factor).span or spec.span,
             )
 
 

@@ -1,4 +1,4 @@
-"""What a spec says of one site: its products, and the entries of choices that fit it. Of several, the last counts."""
+"""Classes of sites of which a spec means the same. Of several entries that fit a site the last counts."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 from tensorpeft.language.errors import fail
 from tensorpeft.language.keywords import LAYER
+from tensorpeft.language.modes import used_modes
 from tensorpeft.language.names import in_sizes
 from tensorpeft.language.spec import STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Choice, Expression, Product, Selector
 from tensorpeft.model.shape import Site
 from tensorpeft.model.target import fits
-from tensorpeft.network.modes import used_modes
 
 
 @dataclass(frozen=True, eq=False)
-class Kind:
+class SiteClass:
     """Sites of which a spec means the same: the same products, over modes of the same sizes."""
 
     example: Site
@@ -24,8 +24,8 @@ class Kind:
     used: frozenset[str]  # the modes whose sizes these need
 
 
-def kinds(spec: Spec, sites: Sequence[Site]) -> list[tuple[Site, Kind]]:
-    """Each site with its kind, whatever numbers the ranks come to.
+def site_classes(spec: Spec, sites: Sequence[Site]) -> list[tuple[Site, SiteClass]]:
+    """Each site with its class. Classes do not depend on the numbers that ranks come to: a budget tries many.
 
     Raises:
         SpecError: no entry of the update fits a site.
@@ -36,7 +36,7 @@ def kinds(spec: Spec, sites: Sequence[Site]) -> list[tuple[Site, Kind]]:
     used = {at: frozenset(used_modes(products, spec.modes)) for at, products in entries.items()}
     choices = [value for value in (*dict(spec.ranks).values(), spec.scale) if isinstance(value, Choice)]
     by_layer = LAYER in in_sizes(spec)
-    known: dict[tuple[object, ...], Kind] = {}
+    known: dict[tuple[object, ...], SiteClass] = {}
     found = []
     for site in sites:
         at = last_fitting(tuple(entries), site)
@@ -47,7 +47,7 @@ def kinds(spec: Spec, sites: Sequence[Site]) -> list[tuple[Site, Kind]]:
         picks = (last_fitting(tuple(selector for selector, _ in choice.entries), site) for choice in choices)
         like = (site.d_out, site.d_in, at, *heads, *picks, site.layer if by_layer else None)
         if like not in known:
-            known[like] = Kind(site, entries[at], used[at])
+            known[like] = SiteClass(site, entries[at], used[at])
         found.append((site, known[like]))
     return found
 
@@ -58,7 +58,7 @@ def last_fitting(selectors: Sequence[Selector], site: Site) -> Selector | None:
 
 
 def chosen(expression: Expression, what: str, site: Site) -> Expression:
-    """What an expression is at a site: of a choice, the last entry that fits.
+    """An expression as it counts at a site: of a choice, the last entry that fits.
 
     Raises:
         SpecError: none fits.

@@ -15,9 +15,9 @@ from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Spectral
 from tensorpeft.model.shape import Key, Site
 from tensorpeft.network.initialisers import origins
-from tensorpeft.network.mode_sizes import Layout
+from tensorpeft.network.mode_sizes import ModeLayout
 from tensorpeft.network.network import Block, Unfolding
-from tensorpeft.network.sharing import Layouts, Use, Users
+from tensorpeft.network.sharing import Layouts, Sharing, Users
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def signed(left: np.ndarray, values: np.ndarray, right: np.ndarray) -> Decomposi
 
 
 def spectral_values(block: Block, key: Key, found: Decomposition, site: Site) -> np.ndarray:
-    """What a data-dependent block holds for a key, from the decomposition of the key's weight; of the key's shape.
+    """The initial numbers of one key of a data-dependent block, from the decomposition of its weight, in the key's shape.
 
     Raises:
         SpecError: a power of the singular values is not finite.
@@ -66,7 +66,7 @@ def spectral_values(block: Block, key: Key, found: Decomposition, site: Site) ->
     return whole
 
 
-def unfolding(block: Block, use: Use, users: Mapping[Key, Users], layouts: Layouts) -> Unfolding:
+def unfolding(block: Block, sharing: Sharing, users: Mapping[Key, Users], layouts: Layouts) -> Unfolding:
     """Where a factor that starts from the weight holds its sides and its bond.
 
     Raises:
@@ -79,11 +79,14 @@ def unfolding(block: Block, use: Use, users: Mapping[Key, Users], layouts: Layou
             shared = f"`{block.factor}` is one tensor for {sites[0][0]} and {sites[1][0]}"
             expected = "expected it to carry the modes that tell these apart"
             raise fail(f"`{init}` is another for each weight, and {shared}; {expected}", init.span)
-    folds = {_unfolding(block, init, use.names[kind], site, layouts[kind]) for [(site, kind)] in users.values()}
+    folds = {
+        _unfolding(block, init, sharing.names[site_class], site, layouts[site_class])
+        for [(site, site_class)] in users.values()
+    }
     return folds.pop()
 
 
-def _unfolding(block: Block, init: Spectral, names: tuple[str, ...], site: Site, layout: Layout) -> Unfolding:
+def _unfolding(block: Block, init: Spectral, names: tuple[str, ...], site: Site, layout: ModeLayout) -> Unfolding:
     bond = [axis.mode for axis in block.free_axes].index(init.bond)
     rank = layout.sizes[names[bond]]
     side = {"U": "d_out", "Q": "d_out", "V": "d_in", "R": "d_in"}.get(init.part)
@@ -105,16 +108,16 @@ def _unfolding(block: Block, init: Spectral, names: tuple[str, ...], site: Site,
     return Unfolding(rank, tuple(layout.sizes[atom] for atom in within), tuple(axes))
 
 
-def refuse_excess(spec: Spec, use: Use, layouts: Layouts) -> None:
+def refuse_excess(spec: Spec, sharing: Sharing, layouts: Layouts) -> None:
     """Hold the rank of a factor that starts from the weight to what a decomposition has.
 
     Raises:
         SpecError: it takes more vectors than there are.
     """
-    init = spec.factor(origins(spec, use.factor)[-1]).init
+    init = spec.factor(origins(spec, sharing.factor)[-1]).init
     if isinstance(init, Spectral):
-        for kind, names in use.names.items():
-            site, rank = kind.example, layouts[kind].sizes[names[use.free.index(init.bond)]]
+        for site_class, names in sharing.names.items():
+            site, rank = site_class.example, layouts[site_class].sizes[names[sharing.free.index(init.bond)]]
             most = min(site.d_out, site.d_in)
             if rank > most:
                 raise fail(f"`{init}` takes {rank} vectors, and {site} has {most} in all", init.span)

@@ -39,7 +39,7 @@ def stream(seed: int, name: str, coordinates: Sequence[str | int] = ()) -> int:
     return state
 
 
-def bits(state: int, indices: Sequence[np.ndarray]) -> np.ndarray:
+def bits(state: int, indices: Sequence[np.ndarray]) -> np.ndarray:  # shape: that of the indices together
     """64 random bits for every index: one integer array per axis; these broadcast, so ``np.ix_`` makes a grid of them."""
     states = np.array(state, dtype=np.uint64)
     for axis in indices:
@@ -48,12 +48,12 @@ def bits(state: int, indices: Sequence[np.ndarray]) -> np.ndarray:
     return states
 
 
-def uniform(state: int, indices: Sequence[np.ndarray]) -> np.ndarray:
+def uniform(state: int, indices: Sequence[np.ndarray]) -> np.ndarray:  # shape: that of the indices together
     """Float64 numbers in [0, 1), multiples of 2^-53."""
     return (bits(state, indices) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def standard_normal(state: int, indices: Sequence[np.ndarray]) -> np.ndarray:
+def standard_normal(state: int, indices: Sequence[np.ndarray]) -> np.ndarray:  # shape: that of the indices together
     """Float64 normal numbers: the quantile function at the midpoints of the 2^52 uniform cells.
 
     Algorithm AS 241, PPND16 (Wichura, Applied Statistics 37, 1988), about 16 digits.

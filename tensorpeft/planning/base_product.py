@@ -18,8 +18,8 @@ from tensorpeft.network.network import Group, Operand, Term
 
 def through_base(group: Group) -> Iterator[Group]:
     """A group of linear modules as groups of which each has its products at one place (``Group.at``)."""
-    behind = [_without_base(term, 1) for term in group.terms]
-    ahead = [_without_base(term, 0) for term in group.terms if group.sites[0].rows is None]
+    behind = [without_base(term, 1) for term in group.terms]
+    ahead = [without_base(term, 0) for term in group.terms if group.sites[0].rows is None]
     if ahead and all(ahead):
         sites = tuple(replace(site, d_out=site.d_in) for site in group.sites)
         yield replace(group, sites=sites, terms=tuple(term for term in ahead if term), at="input")
@@ -32,7 +32,7 @@ def through_base(group: Group) -> Iterator[Group]:
         yield replace(group, terms=others)
 
 
-def _without_base(term: Term, end: int) -> Term | None:
+def without_base(term: Term, end: int) -> Term | None:
     """The product without W, if W alone has the modes of one end of dW: of its output (0), or of its input (1).
 
     W has then to be there once, beside others.
@@ -55,5 +55,5 @@ def _without_base(term: Term, end: int) -> Term | None:
 
 def base_rows(base: Operand) -> int:
     """How many of the modes of W are those of its rows."""
-    rows = base.block.axes[0].size if base.take[0] is None else len(base.take[0])
+    rows = base.block.free_axes[0].size if base.take[0] is None else len(base.take[0])
     return next(n for n in range(len(base.modes) + 1) if prod(base.sizes[:n]) == rows)

@@ -16,7 +16,8 @@ from math import prod
 
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.network import Group, Operand, Term
-from tensorpeft.planning.orders import TOKEN, Order, Path, activation, contract_path
+from tensorpeft.planning.orders import TOKEN, Order, activation
+from tensorpeft.planning.steps import Step, contraction_steps
 
 SITE = "<site>"  # which of the sites that read one tensor
 ANY_SITE = "<any site>"  # which of the sites of a group
@@ -27,12 +28,13 @@ Bundles = tuple[tuple[int, ...], ...]  # the sites of a group, by number, that r
 class Link:
     """One tensor that the activation meets.
 
-    ``operands`` are positions in the term; ``path`` contracts them pair by pair. ``modes`` are the tensor's modes: ``batch``
-    (kept, shared with the activation), ``contracted``, then ``new`` ones. ``before`` and ``after`` are the activation's modes.
+    ``operands`` are positions in the term; ``steps`` make the tensor of them. ``modes`` are the tensor's modes: ``batch``
+    (kept, shared with the activation), ``contracted``, then ``new`` ones; where it is made for all sites of a group at once,
+    ``site_modes`` come before them. ``before`` and ``after`` are the activation's modes.
     """
 
     operands: tuple[int, ...]
-    path: Path
+    steps: tuple[Step, ...]
     batch: tuple[str, ...]
     contracted: tuple[str, ...]
     new: tuple[str, ...]
@@ -43,8 +45,17 @@ class Link:
     shared: bool  # whether it is met once for all sites that read one tensor
     trainable: bool
     flops: int  # of the activation's step, at one site, over all tokens
-    building: int  # FLOPs of building the tensor: in the prologue, for all sites of the group, or else at one site
     at_site: bool = False  # built when a site needs it, and again in its backward pass
+
+    @property
+    def building(self) -> int:
+        """FLOPs of building the tensor: in the prologue, for all sites of the group, or else at one site."""
+        return sum(step.flops for step in self.steps)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """In which order the operands are contracted."""
+        return tuple(step.inputs for step in self.steps)
 
     @property
     def prologue_flops(self) -> int:
@@ -110,16 +121,12 @@ def _link(
     whole = term.size(term.sides)
     large = len(mine) > 1 and term.size((*batch, *contracted, *new)) >= whole
     at_site = not beforehand and (large or any(operand.is_base for operand in mine))
-    site_modes: tuple[str, ...] = ()
-    if at_site:
-        path, building = _building([o.modes for o in mine], (*batch, *contracted, *new), term, group)
-    else:
-        site_modes = site_axes(group, {mode for operand in mine for mode in operand.site_modes})
-        inputs = [operand_modes(group, operand) for operand in mine]
-        path, building = _building(inputs, (*site_modes, *batch, *contracted, *new), term, group)
+    site_modes = () if at_site else site_axes(group, {mode for operand in mine for mode in operand.site_modes})
+    inputs = [operand.modes if at_site else operand_modes(group, operand) for operand in mine]
+    output = (*site_modes, *batch, *contracted, *new)
     return Link(
         operands=operands,
-        path=path,
+        steps=contraction_steps(inputs, output, {**term.sizes, **site_sizes(group)}),
         batch=batch,
         contracted=contracted,
         new=new,
@@ -130,7 +137,6 @@ def _link(
         shared=not (last or own or SITE in before),
         trainable=any(operand.block.trainable and not operand.is_base for operand in mine),
         flops=flops,
-        building=building,
         at_site=at_site,
     )
 
@@ -143,11 +149,6 @@ def differ(operands: list[Operand], bundles: Bundles) -> bool:
         for sites in bundles
         if len(sites) > 1
     )
-
-
-def _building(inputs: list[tuple[str, ...]], output: tuple[str, ...], term: Term, group: Group) -> tuple[Path, int]:
-    """The path that builds a link's tensor from its operands, and its FLOPs."""
-    return contract_path(inputs, output, {**term.sizes, **site_sizes(group)}) if len(inputs) > 1 else ((), 0)
 
 
 def site_axes(group: Group, carried: set[str]) -> tuple[str, ...]:

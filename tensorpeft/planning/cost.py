@@ -1,4 +1,4 @@
-"""What a chain costs: arithmetic and memory traffic of the forward pass, of the backward pass, and of the prologue.
+"""The cost of a chain: arithmetic and memory traffic of the forward pass, of the backward pass, and of the prologue.
 
 One number compares candidates: FLOPs + (bytes + kernels * launch) * balance, where a regime's balance says how many FLOPs a
 machine does while it moves a byte, and its launch how many bytes while it starts a kernel. Counted are
@@ -21,7 +21,7 @@ from tensorpeft.planning.chain import SITE, Bundles, Chain, Link
 from tensorpeft.planning.orders import TOKEN
 from tensorpeft.planning.regime import Regime
 
-Built = set[tuple[object, ...]]  # what a prologue has made already
+Built = set[tuple[object, ...]]  # keys of the tensors that a prologue has made already
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Cost:
 
 
 def chain_cost(group: Group, term: Term, chain: Chain, bundles: Bundles, regime: Regime, built: Built) -> Cost:
-    """What a chain costs at all sites of a group."""
+    """The cost of a chain at all sites of a group; tensors that are ``built`` are free."""
     flops, weight = 0, 0.0
     for size, count in Counter(map(len, bundles)).items():
         for link in chain.links:
@@ -48,16 +48,16 @@ def chain_cost(group: Group, term: Term, chain: Chain, bundles: Bundles, regime:
             continue
         flops += link.prologue_flops
         weight += link.prologue_flops * (3 if regime.gradients and link.trainable else 1)
-        weight += (len(link.path) + 1) * _passes(link, regime) * regime.launch * regime.balance
+        weight += (len(link.steps) + 1) * _passes(link, regime) * regime.launch * regime.balance
         made = copies(term, link) * term.size(link.modes) * (4 if regime.gradients and link.trainable else 2)
         weight += made * regime.number_bytes * regime.balance
     return Cost(flops, weight)
 
 
 def prologue_key(term: Term, link: Link) -> tuple[object, ...]:
-    """What tells the tensors of two links apart: equal keys are one stack of the prologue."""
+    """A key of the tensor that a link is: links of equal keys share one stack of the prologue."""
     return (
-        link.path,
+        link.pairs,
         link.modes,
         *(
             (o.block.name, o.modes, o.sizes, o.keys if o.site_modes else (), _positions(o.take))
@@ -96,7 +96,7 @@ def _building(link: Link, regime: Regime) -> int:
 def _kernels(link: Link, size: int, regime: Regime) -> int:
     """Kernels at one bundle of sites: one for each pass of a link, at the last link for each site."""
     last = not link.shared and SITE not in link.after
-    built = len(link.path) if link.at_site else 0
+    built = len(link.steps) if link.at_site else 0
     return (size if last else 1) * (_passes(link, regime) + built * (4 if regime.gradients and link.trainable else 1))
 
 

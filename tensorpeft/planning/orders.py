@@ -6,18 +6,17 @@ This is the only module that asks opt_einsum for a path.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-
-import networkx as nx
-import opt_einsum
 
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.network import Term
 from tensorpeft.network.rank import minimum_cut
 
 TOKEN = "<token>"  # no spec can name a mode like this
-Path = tuple[tuple[int, ...], ...]  # as opt_einsum writes paths: at each step, the positions of what is contracted
+Path = tuple[
+    tuple[int, int], ...
+]  # the two tensors of each step: inputs from 0 on, then what the steps before have made
 Order = tuple[tuple[int, ...], ...]  # which operands form each link, in the order of the links
 _SHORT = 5  # links up to which every way to join neighbours is a candidate
 _FEW, _MANY = 5, 16  # operands up to which the best path is searched exhaustively, or by dynamic programming
@@ -43,9 +42,20 @@ def _candidates(term: Term, tokens: int) -> Iterator[Order]:
     if len(everything) <= 2:  # these are all orders that there are
         yield from itertools.permutations([(i,) for i in everything])
         return
-    yield from _halves(term, minimum_cut(term))
+    yield from _halves(term, _minimum_cut(term))
     for number in dict.fromkeys((tokens, 1, 1 << 30)):
         yield from _coarser(_lineage(_path(term, number), len(everything)))
+
+
+def _minimum_cut(term: Term) -> tuple[str, ...]:
+    """The minimum cut, which does not depend on the tokens: one serves the plans for all lengths."""
+    shape = (*(operand.modes for operand in term.operands), term.d_in, term.d_out, *term.sizes.items())
+    if shape not in _cuts:
+        _cuts[shape] = minimum_cut(term)
+    return _cuts[shape]
+
+
+_cuts: dict[tuple[object, ...], tuple[str, ...]] = {}
 
 
 def _coarser(order: Order) -> Iterator[Order]:
@@ -79,6 +89,8 @@ def _one_by_one(term: Term) -> Order:
 
 def _distances(term: Term, cut: set[str]) -> dict[int, int]:
     """How far each operand is from the input, those alone that are joined to it by modes outside the cut."""
+    import networkx as nx  # late: a fifth of a second to import; a network without a plan needs none of it
+
     graph = nx.Graph()
     graph.add_edges_from(("input", mode) for mode in term.d_in if mode not in cut)
     graph.add_node("input")
@@ -104,11 +116,13 @@ def _path(term: Term, tokens: int) -> Path:
 
 
 def contract_path(
-    inputs: list[tuple[str, ...]], output: tuple[str, ...], sizes: Mapping[str, int], *, few: int = _FEW
+    inputs: Sequence[tuple[str, ...]], output: tuple[str, ...], sizes: Mapping[str, int], *, few: int = _FEW
 ) -> tuple[Path, int]:
-    """opt_einsum's path through tensors of these modes, pair by pair, and its FLOPs."""
+    """The cheapest path that opt_einsum finds through tensors of these modes, and its FLOPs."""
+    from opt_einsum import get_symbol  # late, as in `_search`
+
     known = dict.fromkeys(mode for each in inputs for mode in each)
-    letter = {mode: opt_einsum.get_symbol(number) for number, mode in enumerate(known)}
+    letter = {mode: get_symbol(number) for number, mode in enumerate(known)}
     left, right = (["".join(letter[mode] for mode in each) for each in group] for group in (inputs, [output]))
     shapes = tuple(tuple(sizes[mode] for mode in each) for each in inputs)
     return _search(f"{','.join(left)}->{right[0]}", shapes, len(shapes) <= few)
@@ -117,22 +131,24 @@ def contract_path(
 @cache
 def _search(equation: str, shapes: tuple[tuple[int, ...], ...], exhaustive: bool) -> tuple[Path, int]:
     """The better of two searches: by itself neither finds the best path always."""
+    import opt_einsum  # late: it brings every backend that it knows, and a count needs no path
+    from opt_einsum.paths import linear_to_ssa
+
     searches = ("optimal" if exhaustive else "auto", "dp" if len(shapes) <= _MANY else "auto-hq")
     found = [opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=search) for search in searches]
     path, info = min(found, key=lambda each: int(each[1].opt_cost))
-    return tuple(tuple(step) for step in path), int(info.opt_cost)
+    return tuple((one, other) for one, other in linear_to_ssa(path)), int(info.opt_cost)
 
 
 def _lineage(path: Path, n_factors: int) -> Order:
     """The operands that the activation meets, in order, along a path whose operand 0 is the activation."""
-    live: list[tuple[int, ...]] = [(-1,), *((i,) for i in range(n_factors))]
+    made: list[tuple[int, ...]] = [(-1,), *((i,) for i in range(n_factors))]
     met: list[tuple[int, ...]] = []
     for step in path:
-        merged = [live[i] for i in step]
-        live = [operands for i, operands in enumerate(live) if i not in step]
+        merged = [made[i] for i in step]
         if (-1,) in merged:
             met += [operands for operands in merged if operands != (-1,)]
-            live.append((-1,))
+            made.append((-1,))
         else:
-            live.append(tuple(sorted(i for operands in merged for i in operands)))
+            made.append(tuple(sorted(i for operands in merged for i in operands)))
     return tuple(met)

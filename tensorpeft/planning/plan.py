@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from tensorpeft.network.network import Group, Network, Term
 from tensorpeft.planning.base_product import through_base
@@ -26,10 +27,12 @@ from tensorpeft.planning.chain import (
     site_sizes,
 )
 from tensorpeft.planning.cost import Built, Cost, chain_cost, copies, prologue_key
+from tensorpeft.planning.norms import NormPlan, norm_plans
 from tensorpeft.planning.orders import TOKEN, activation, contract_path, orders
 from tensorpeft.planning.regime import Regime
 from tensorpeft.planning.shared_inputs import InputSet, bundles_of, input_sets
-from tensorpeft.planning.weight_sites import apart_chains
+from tensorpeft.planning.verify import verify_chain, verify_prologue, verify_sets, verify_sites
+from tensorpeft.planning.weight_sites import apart_chains, some_sites
 
 __all__ = [
     "SITE",
@@ -38,7 +41,6 @@ __all__ = [
     "GroupPlan",
     "Link",
     "Plan",
-    "dense_plan",
     "operand_modes",
     "plan",
     "site_axes",
@@ -74,14 +76,21 @@ class Plan:
 
     network: Network
     regime: Regime
-    groups: tuple[GroupPlan, ...]
-    sets: tuple[InputSet, ...]
+    groups: tuple[
+        GroupPlan, ...
+    ]  # of the network's groups; one that goes through W x is two (``planning.base_product``)
+    sets: tuple[InputSet, ...]  # of linear modules alone; they speak of ``groups`` by number
+
+    @cached_property
+    def norms(self) -> tuple[NormPlan, ...]:
+        """How the norms are taken that magnitudes are divided by, once for each forward pass; ``flops`` are without them."""
+        return norm_plans(self.network.groups, self.regime)
 
     @property
     def order(self) -> tuple[object, ...]:
-        """What of it the emitted code depends on; the regime's figures are not part of it."""
+        """A key of the emitted code: plans of one network that agree in it share their code, whatever their figures."""
         chains = [(planned.group.at, each) for planned in self.groups for each in planned.chains]
-        return tuple((at, *((link.operands, link.path, link.at_site) for link in each.links)) for at, each in chains)
+        return tuple((at, *((link.operands, link.pairs, link.at_site) for link in each.links)) for at, each in chains)
 
     @property
     def held(self) -> int:
@@ -114,6 +123,22 @@ class Plan:
         """FLOPs per token of the site programs alone, rounded up."""
         return -(-sum(g.site_flops for g in self.groups) // self.regime.tokens)
 
+    def verify(self) -> None:
+        """Check that the plan does what its network says.
+
+        Raises:
+            InternalError: a chain or a step contracts something else, an input set has other sites, or FLOPs do not add up.
+        """
+        built: Built = set()
+        for planned in self.groups:
+            group = planned.group
+            verify_sites(group, planned.bundles)
+            whole = group if group.kind == "linear" else some_sites(group, range(len(group.sites)))
+            for term, each in zip(whole.terms, planned.chains, strict=True):
+                verify_chain(whole, term, each, self.regime.tokens)
+            verify_prologue(whole, planned.chains, planned.prologue_flops, built)
+        verify_sets(self.sets, [(planned.group, planned.bundles) for planned in self.groups])
+
     def __str__(self) -> str:
         regime = self.regime
         lines = [
@@ -127,13 +152,16 @@ class Plan:
         for first, *others in alike.values():
             lines.append(first)
             lines += [f"  and {len(others)} groups of other sizes"] if others else []
+        lines += map(str, self.norms)
         return "\n".join(lines)
 
 
 def _told(plan: GroupPlan) -> Iterator[str]:
     yield f"  {_sites(plan)}: {plan.prologue_flops:,} beforehand"
     for each, term in zip(plan.chains, plan.group.terms, strict=True):
-        yield from (f"    {_line(link, term)}" for link in each.links)
+        for link in each.links:
+            yield f"    {_line(link, term)}"
+            yield from (f"      {line}" for line in _step_lines(link, term))
 
 
 def _sites(plan: GroupPlan) -> str:
@@ -154,6 +182,19 @@ def _line(link: Link, term: Term) -> str:
     if link.at_site:
         said.append(f"built there for {link.building:,}")
     return f"{steps}  by {tensor} ({shape}): {', '.join(said)}"
+
+
+def _step_lines(link: Link, term: Term) -> Iterator[str]:
+    """How a link's tensor is made: ``A[d_in, r] * B[r, s] -> A.B[d_in, s]``, with the FLOPs."""
+    made: list[tuple[int, ...]] = [(i,) for i in link.operands]
+    for step in link.steps:
+        made.append(tuple(sorted(i for number in step.inputs for i in made[number])))
+        tensors = ((made[step.inputs[0]], step.left), (made[step.inputs[1]], step.right), (made[-1], step.result))
+        left, right, result = (
+            f"{'.'.join(term.operands[i].factor for i in operands)}[{', '.join(mode.strip('<>') for mode in modes)}]"
+            for operands, modes in tensors
+        )
+        yield f"{left} * {right} -> {result}: {step.flops:,}"
 
 
 def plan(network: Network, regime: Regime = Regime(), *, alone: bool = True) -> Plan:
@@ -177,14 +218,6 @@ def plan(network: Network, regime: Regime = Regime(), *, alone: bool = True) -> 
 def _through_base(network: Network) -> tuple[Group, ...]:
     parts = (through_base(group) if group.kind == "linear" else (group,) for group in network.groups)
     return tuple(part for each in parts for part in each)
-
-
-def dense_plan(group: Group) -> GroupPlan:
-    """DW itself: one link for each product, whatever it costs."""
-    bundles = tuple((number,) for number in range(len(group.sites)))
-    orders = [(tuple(range(len(term.operands))),) for term in group.terms]
-    chains = tuple(chain(group, term, order, 1, bundles) for term, order in zip(group.terms, orders, strict=True))
-    return GroupPlan(group, chains, bundles, sum(link.prologue_flops for each in chains for link in each.links))
 
 
 def _plan_apart(group: Group, regime: Regime) -> GroupPlan:

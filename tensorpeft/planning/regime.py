@@ -1,4 +1,4 @@
-"""What a plan depends on beside the network."""
+"""The use of an adapter that a plan is made for: how many tokens, with gradients or without, on what kind of machine."""
 
 from __future__ import annotations
 

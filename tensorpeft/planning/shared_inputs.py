@@ -45,7 +45,7 @@ def input_sets(groups: Iterable[Group]) -> tuple[InputSet, ...]:
 
 
 def input_of(site: Site) -> tuple[object, ...]:
-    """What tells the input of a site from those of others."""
+    """A key that sites have in common if, and only if, they read one tensor."""
     if site.reads is None:
         return (site.path,)
     return (site.stack, site.layer, site.expert, site.reads, site.d_in)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from tensorpeft.language.spec import SITE_MODES
+from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES
 from tensorpeft.network.network import Axis, Group, Operand, Term
 from tensorpeft.planning.chain import Chain, chain
 from tensorpeft.planning.orders import Order, orders
@@ -26,11 +26,17 @@ def some_sites(group: Group, numbers: Iterable[int]) -> Group:
     def operand(old: Operand) -> Operand:
         if not old.is_base:
             return replace(old, keys=tuple(old.keys[number] for number in chosen))
-        block = replace(old.block, axes=(Axis("site", len(keys), keys), *old.block.free_axes), keys=keys)
+        axes = (Axis("site", len(keys), keys), *old.block.free_axes)
+        block = replace(old.block, name=BASE_WEIGHT, axes=axes, keys=keys)
         return replace(old, block=block, keys=keys, site_modes=SITE_MODES[: len(keys[0])])
 
     terms = (replace(term, operands=tuple(map(operand, term.operands))) for term in group.terms)
     return replace(group, sites=sites, terms=tuple(terms))
+
+
+def dense_chain(group: Group, term: Term) -> Chain:
+    """DW itself, whatever it costs: a chain of one link, built beforehand."""
+    return chain_beforehand(group, term, (tuple(range(len(term.operands))),), 0)
 
 
 def apart_chains(group: Group, regime: Regime) -> tuple[Chain, ...]:
@@ -40,10 +46,9 @@ def apart_chains(group: Group, regime: Regime) -> tuple[Chain, ...]:
 
 
 def _cheapest(group: Group, term: Term, regime: Regime) -> Chain:
-    everything: Order = (tuple(range(len(term.operands))),)
     if group.kind == "parameter":
-        return _built(group, term, everything, 0)
-    found = [_built(group, term, order, regime.tokens) for order in orders(term, regime.tokens, frozenset())]
+        return dense_chain(group, term)
+    found = [chain_beforehand(group, term, order, regime.tokens) for order in orders(term, regime.tokens, frozenset())]
     fitting = [each for each in found if len(each.links) == 1 or _is_pair(each, term)]
     return min(fitting, key=lambda each: _flops(each, len(group.sites), regime))
 
@@ -54,7 +59,7 @@ def _is_pair(found: Chain, term: Term) -> bool:
     return len(found.links) == 2 and not first.batch and {*first.contracted} == {*term.d_in}
 
 
-def _built(group: Group, term: Term, order: Order, tokens: int) -> Chain:
+def chain_beforehand(group: Group, term: Term, order: Order, tokens: int) -> Chain:
     """A chain of tensors that are built beforehand. Rows of an embedding are looked up, not multiplied."""
     found = chain(group, term, order, tokens, tuple((number,) for number in range(len(group.sites))), beforehand=True)
     if group.kind != "embedding":

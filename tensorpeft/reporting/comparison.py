@@ -83,6 +83,6 @@ class Comparison(Page):
 
 
 def _values(settings: Settings, keys: Iterable[str]) -> Iterator[Cell]:
-    """What is set for each key; numbers as numbers."""
+    """The setting of each key; numbers as numbers."""
     for value in (dict(settings).get(key, "") for key in keys):
         yield int(value) if value.isdecimal() else value

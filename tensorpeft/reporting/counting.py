@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from math import prod
 
 from tensorpeft.language.keywords import TASK_MODE
+from tensorpeft.language.modes import inside
 from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
 from tensorpeft.language.syntax import EVERYWHERE, Choice, Number, Selector, ranges
 from tensorpeft.model.shape import Key, Site
@@ -18,12 +19,12 @@ from tensorpeft.reporting.report import FactorEntry, MatrixEntry, ModeEntry, Rep
 from tensorpeft.reporting.saved_activations import kept_per_token
 
 Chosen = tuple[tuple[str, float], ...]  # what differs from site to site, and its value there
-Kind = tuple[str, int, int, Chosen]  # matrix, d_out, d_in and choices: what an entry of `matrices` stands for
+EntryKey = tuple[str, int, int, Chosen]  # matrix, d_out, d_in and choices: what an entry of `matrices` stands for
 _BINDINGS = ("attach", "row", "data", "sum")
 
 
 def report_of(plan: Plan) -> Report:
-    """What the adapter of a plan costs."""
+    """The report on the adapter of a plan."""
     network, spec, model = plan.network, plan.network.spec, plan.network.model
     kinds = _kinds(network)
     owned = _owned(network, kinds)
@@ -58,12 +59,12 @@ def report_of(plan: Plan) -> Report:
 
 
 def trained(network: Network) -> int:
-    """How many numbers of the factors an optimizer sees."""
+    """The number of trained numbers of the factors."""
     return _count(block for block in network.blocks if block.trainable)
 
 
 def added(network: Network) -> int:
-    """How many numbers of the base are trained beside them."""
+    """The number of numbers of the base that are trained beside the factors."""
     return sum(parameter.count for parameter in network.extras)
 
 
@@ -88,18 +89,18 @@ def _factor(block: Block) -> FactorEntry:
 
 
 def _uses(network: Network) -> Iterator[tuple[Block, Key, Site]]:
-    """Which site uses which key of which block."""
+    """Each use of a block: the block, the key, and the site that uses it."""
     for group in network.groups:
         for term in group.terms:
             for operand in term.operands:
                 yield from ((operand.block, key, site) for key, site in zip(operand.keys, group.sites, strict=True))
 
 
-def _kinds(network: Network) -> dict[Key, Kind]:
+def _kinds(network: Network) -> dict[Key, EntryKey]:
     """The entry of `matrices` that each site belongs to."""
     spec = network.spec
     bonds = [bond for bond, size in spec.ranks if isinstance(size, Choice)]
-    kinds: dict[Key, Kind] = {}
+    kinds: dict[Key, EntryKey] = {}
     for group in network.groups:
         sizes = {bond: term.sizes[bond] for term in group.terms for bond in bonds if bond in term.sizes}
         scale = (("scale", group.scale),) if isinstance(spec.scale, Choice) else ()
@@ -108,12 +109,12 @@ def _kinds(network: Network) -> dict[Key, Kind]:
     return kinds
 
 
-def _owned(network: Network, kinds: dict[Key, Kind]) -> Counter[Kind | None]:
+def _owned(network: Network, kinds: dict[Key, EntryKey]) -> Counter[EntryKey | None]:
     """How many trained numbers each kind alone uses, and, under None, how many several use."""
-    users: dict[tuple[str, Key], set[Kind]] = defaultdict(set)
+    users: dict[tuple[str, Key], set[EntryKey]] = defaultdict(set)
     for block, key, site in _uses(network):
         users[block.name, key].add(kinds[site.key])
-    owned: Counter[Kind | None] = Counter()
+    owned: Counter[EntryKey | None] = Counter()
     for block in network.blocks:
         for key, size in zip(block.keys, block.key_sizes, strict=True):
             found = users[block.name, key]
@@ -121,13 +122,13 @@ def _owned(network: Network, kinds: dict[Key, Kind]) -> Counter[Kind | None]:
     return owned
 
 
-def _matrices(network: Network, kinds: dict[Key, Kind], owned: Counter[Kind | None]) -> tuple[MatrixEntry, ...]:
-    ranks: dict[Kind, int] = defaultdict(int)
+def _matrices(network: Network, kinds: dict[Key, EntryKey], owned: Counter[EntryKey | None]) -> tuple[MatrixEntry, ...]:
+    ranks: dict[EntryKey, int] = defaultdict(int)
     for group in network.groups:
         bound = rank_bound(group)
         for kind in {kinds[site.key] for site in group.sites}:
             ranks[kind] = max(ranks[kind], bound)
-    members: dict[Kind, list[Site]] = defaultdict(list)
+    members: dict[EntryKey, list[Site]] = defaultdict(list)
     for site in in_order(network.sites, (site.matrix for site in network.model.sites)):
         members[kinds[site.key]].append(site)
     return tuple(
@@ -198,12 +199,5 @@ def _binding(mode: str, opened: set[str]) -> str:
 def _opened(network: Network) -> set[str]:
     """The modes in which the input or the output of a site is indexed: sides, their atoms, and what is between."""
     opened = {*SIDES, *(atom for group in network.groups for term in group.terms for atom in (*term.d_out, *term.d_in))}
-    return opened | {
-        definition.name for definition in network.spec.modes if _parts(network.spec, definition.name) & opened
-    }
-
-
-def _parts(spec: Spec, mode: str) -> set[str]:
-    """Everything that a mode comes down to, step by step."""
-    parts = {part.name for definition in spec.modes if definition.name == mode for part in definition.parts}
-    return parts.union(*(_parts(spec, part) for part in parts))
+    definitions = network.spec.modes
+    return opened | {each.name for each in definitions if not opened.isdisjoint(inside(definitions, (each.name,)))}

@@ -15,8 +15,8 @@ from tensorpeft.network.network import Network, Operand
 from tensorpeft.network.rank import lora_rank
 from tensorpeft.reporting import svg
 from tensorpeft.reporting.counting import formulas
-from tensorpeft.reporting.panels import Node, Panel, columns, heights, panels, sites_of, span_of
-from tensorpeft.reporting.svg import Place
+from tensorpeft.reporting.panels import GraphNode, Panel, columns, heights, panels, sites_of, span_of
+from tensorpeft.reporting.svg import Box
 
 _MARGIN, _GAP, _ROW, _RAIL = 24, 56, 62, 28  # px: around, between columns, between rows, between rails
 _BOX, _LABEL = 42, 24  # px: heights of a factor and of a mode
@@ -87,7 +87,7 @@ def _panel(group: ET.Element, panel: Panel, sign: str, top: float) -> tuple[floa
             _edge(group, panel, number, mode, places)
     _drops(group, panel, places, rails)
     for mode, y in rails.items():
-        _mode(group, panel, mode, Place(_MARGIN + labels / 2, y, labels, _LABEL - 2))
+        _mode(group, panel, mode, Box(_MARGIN + labels / 2, y, labels, _LABEL - 2))
     for node, place in places.items():
         if isinstance(node, int):
             _factor(group, panel, node, place)
@@ -96,8 +96,8 @@ def _panel(group: ET.Element, panel: Panel, sign: str, top: float) -> tuple[floa
     return right, (max(rails.values()) + _LABEL if rails else bottom)
 
 
-def _places(panel: Panel, top: float) -> dict[Node, Place]:
-    """Where the nodes are that are no rails."""
+def _places(panel: Panel, top: float) -> dict[GraphNode, Box]:
+    """The boxes of all nodes but the rails."""
     found = columns(panel)
     middle = top + (max(map(len, found)) - 1) / 2 * _ROW + _BOX / 2
     left, places = float(_MARGIN), {}
@@ -105,13 +105,13 @@ def _places(panel: Panel, top: float) -> dict[Node, Place]:
         sizes = {n: (svg.width(*_lines(panel, n)) + 22, _BOX if isinstance(n, int) else _LABEL) for n in column}
         widest = max(width for width, _ in sizes.values())
         for node, height in heights(column).items():
-            places[node] = Place(left + widest / 2, middle + height * _ROW, *sizes[node])
+            places[node] = Box(left + widest / 2, middle + height * _ROW, *sizes[node])
         left += widest + _GAP
     return places
 
 
-def _lines(panel: Panel, node: Node) -> tuple[str, ...]:
-    """What is written on a factor or a mode."""
+def _lines(panel: Panel, node: GraphNode) -> tuple[str, ...]:
+    """The lines of text on a factor or a mode."""
     if isinstance(node, str):
         return (_sized(node, panel),)
     operand = panel.operands[node]
@@ -122,14 +122,14 @@ def _sized(mode: str, panel: Panel) -> str:
     return f"{mode} = {span_of(panel.sizes[mode])}"
 
 
-def _edge(group: ET.Element, panel: Panel, number: int, mode: str, places: dict[Node, Place]) -> None:
+def _edge(group: ET.Element, panel: Panel, number: int, mode: str, places: dict[GraphNode, Box]) -> None:
     a, b = sorted((places[number], places[mode]), key=lambda place: place.x)
     bend = (b.left - a.right) / 2
     steps = f"M {a.right:g} {a.y:g} C {a.right + bend:g} {a.y:g} {b.left - bend:g} {b.y:g} {b.left:g} {b.y:g}"
     _named(svg.path(group, "edge", steps), panel.operands[number].factor, mode)
 
 
-def _drops(group: ET.Element, panel: Panel, places: dict[Node, Place], rails: dict[str, float]) -> None:
+def _drops(group: ET.Element, panel: Panel, places: dict[GraphNode, Box], rails: dict[str, float]) -> None:
     """From every factor down to its rails; left of what stands below it in its column."""
     below: dict[float, int] = {}
     for number in sorted((n for n in places if isinstance(n, int)), key=lambda n: -places[n].y):
@@ -150,7 +150,7 @@ def _named(element: ET.Element, factor: str, mode: str) -> None:
     element.set("data-mode", mode)
 
 
-def _factor(group: ET.Element, panel: Panel, number: int, place: Place) -> None:
+def _factor(group: ET.Element, panel: Panel, number: int, place: Box) -> None:
     operand = panel.operands[number]
     kinds = tuple(_kinds(operand))
     drawn = ET.SubElement(group, "g", {"class": " ".join(("factor", *kinds)), "data-factor": operand.factor})
@@ -165,7 +165,7 @@ def _factor(group: ET.Element, panel: Panel, number: int, place: Place) -> None:
 
 
 def _kinds(operand: Operand) -> Iterator[str]:
-    """What a factor is, and what is special about it, as classes."""
+    """The CSS classes of a factor: trained or frozen, and what is special about it."""
     block = operand.block
     if operand.is_base:
         yield "base"
@@ -187,7 +187,7 @@ def _told(operand: Operand) -> str:
     return f"{operand.factor}: {shape}" if operand.is_base else f"{block.name}: {shape}; {block.rule.init}"
 
 
-def _mode(group: ET.Element, panel: Panel, mode: str, place: Place) -> None:
+def _mode(group: ET.Element, panel: Panel, mode: str, place: Box) -> None:
     kind = panel.graph.nodes[mode]["kind"]
     copied = mode not in panel.rails and is_copy(panel.graph, mode)
     kinds = ["mode", kind, *["copy"] * copied, *["minimum-cut"] * (mode in panel.cut)]
@@ -195,10 +195,10 @@ def _mode(group: ET.Element, panel: Panel, mode: str, place: Place) -> None:
     _shape(drawn, kind, place)
     svg.label(drawn, place.x - 2 * (kind in _SIDES), place.y + 4, _sized(mode, panel))
     if mode in panel.cut:
-        svg.rectangle(drawn, "cut", Place(place.x, place.y, place.width + 16, place.height + 12), 4)
+        svg.rectangle(drawn, "cut", Box(place.x, place.y, place.width + 16, place.height + 12), 4)
 
 
-def _shape(drawn: ET.Element, kind: str, place: Place) -> None:
+def _shape(drawn: ET.Element, kind: str, place: Box) -> None:
     if kind in _SIDES:
         svg.arrow(drawn, "shape", place)
     else:
@@ -206,7 +206,7 @@ def _shape(drawn: ET.Element, kind: str, place: Place) -> None:
 
 
 def _legend(root: ET.Element, used: set[str], rank: int, top: float, right: float) -> float:
-    """What the classes of the picture mean, those that occur; its bottom."""
+    """Draw what the CSS classes that occur mean; the bottom of the legend."""
     group = ET.SubElement(root, "g", {"class": "legend"})
     x, y = float(_MARGIN), top
     for besides, kind, told in _MEANINGS:
@@ -215,7 +215,7 @@ def _legend(root: ET.Element, used: set[str], rank: int, top: float, right: floa
         told = told.format(rank=rank)
         if x > _MARGIN and x + 32 + svg.width(told) > right:
             x, y = float(_MARGIN), y + _LABEL
-        sample, place = ET.SubElement(group, "g", {"class": f"{besides} {kind}".strip()}), Place(x + 12, y, 24, 14)
+        sample, place = ET.SubElement(group, "g", {"class": f"{besides} {kind}".strip()}), Box(x + 12, y, 24, 14)
         if kind in _BADGES:
             svg.badge(sample, place.x, place.y, _BADGES[kind])
         elif kind == "minimum-cut":

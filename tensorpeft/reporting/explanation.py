@@ -1,4 +1,4 @@
-"""How a spec runs on a model: its network as a graph, its contraction step by step, its code."""
+"""An explanation of a spec on a model: its network as a graph, its contraction step by step, its code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tensorpeft.reporting.counting import report_of
 from tensorpeft.reporting.page import Listing, Page
 from tensorpeft.reporting.panels import Panel, panels, sites_of, span_of
 from tensorpeft.reporting.report import Report
-from tensorpeft.reporting.steps import Step, step_table, steps
+from tensorpeft.reporting.steps import CountedStep, step_table, steps
 from tensorpeft.reporting.table import Table
 
 _NUMBERS = re.compile(r"\d+(?:, \d+)*")
@@ -30,7 +30,7 @@ class Explanation(Page):
 
     report: Report
     products: tuple[Panel, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[CountedStep, ...]
     code: tuple[Listing, ...]
 
     @property

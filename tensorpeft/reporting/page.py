@@ -1,4 +1,4 @@
-"""What is told to people: a title, tables, perhaps code and a picture; as text, JSON, Markdown and HTML."""
+"""Pages for people: a title, tables, perhaps code and a picture; as text, JSON, Markdown and HTML."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Page(ABC):
         return html(self.title, self.tables, self.listings, picture)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Shown by a notebook."""
         return self.to_html()
 
     def __str__(self) -> str:

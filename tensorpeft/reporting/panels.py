@@ -20,7 +20,7 @@ from tensorpeft.network.graph import graph, modes
 from tensorpeft.network.network import Network, Operand, Term
 from tensorpeft.network.rank import minimum_cut
 
-Node = int | str  # a factor's position in its product, or a mode's name
+GraphNode = int | str  # a factor's position in its product, or a mode's name
 _SWEEPS = 6
 _MANY = 4  # sizes of which only the ends are told
 
@@ -100,11 +100,11 @@ def span_of(sizes: Iterable[int]) -> str:
     return " | ".join(shown) if len(shown) < _MANY else f"{shown[0]} to {shown[-1]}"
 
 
-def columns(panel: Panel) -> list[list[Node]]:
+def columns(panel: Panel) -> list[list[GraphNode]]:
     """The nodes of every column, from top to bottom, so that few edges cross."""
     inner = panel.graph.subgraph(node for node in panel.graph if node not in panel.rails)
     distance = _distances(inner, modes(panel.graph, "input"))
-    found: list[list[Node]] = [[] for _ in range(max(distance.values()) + 1)]
+    found: list[list[GraphNode]] = [[] for _ in range(max(distance.values()) + 1)]
     for node, at in distance.items():
         found[at].append(node)
     for _ in range(_SWEEPS):
@@ -115,9 +115,9 @@ def columns(panel: Panel) -> list[list[Node]]:
     return found
 
 
-def _distances(inner: nx.Graph, sources: Iterable[Node]) -> dict[Node, int]:
+def _distances(inner: nx.Graph, sources: Iterable[GraphNode]) -> dict[GraphNode, int]:
     """Edges from the nearest source; what no source reaches begins a row of its own."""
-    distance: dict[Node, int] = dict(nx.multi_source_dijkstra_path_length(inner, set(sources)))
+    distance: dict[GraphNode, int] = dict(nx.multi_source_dijkstra_path_length(inner, set(sources)))
     for node in inner:
         if node not in distance:
             start = 1 if isinstance(node, int) else 0
@@ -126,18 +126,18 @@ def _distances(inner: nx.Graph, sources: Iterable[Node]) -> dict[Node, int]:
     return {node: distance[node] for node in inner}
 
 
-def _arrange(column: list[Node], beside: list[Node], inner: nx.Graph) -> None:
+def _arrange(column: list[GraphNode], beside: list[GraphNode], inner: nx.Graph) -> None:
     """Sort a column by the mean height of its neighbours in the column beside it."""
     height = heights(beside)
     now = heights(column)
 
-    def wanted(node: Node) -> float:
+    def wanted(node: GraphNode) -> float:
         near = [height[other] for other in inner.neighbors(node) if other in height]
         return sum(near) / len(near) if near else now[node]
 
     column.sort(key=wanted)
 
 
-def heights(column: list[Node]) -> dict[Node, float]:
+def heights(column: list[GraphNode]) -> dict[GraphNode, float]:
     """Rows above or below the middle of the picture."""
     return {node: at - (len(column) - 1) / 2 for at, node in enumerate(column)}

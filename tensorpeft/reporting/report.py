@@ -1,4 +1,4 @@
-"""What an adapter costs: a value first, then its text, JSON, Markdown and HTML.
+"""The costs of an adapter: a value first, then its text, JSON, Markdown and HTML.
 
     Report
     ├── factors     every stored tensor: its modes, its shape, how many numbers it has

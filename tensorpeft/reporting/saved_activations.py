@@ -1,4 +1,4 @@
-"""What an adapter keeps of the activations for its backward pass."""
+"""The activations that an adapter saves for its backward pass."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from tensorpeft.planning.shared_inputs import input_of
 
 
 def kept_per_token(plan: Plan) -> int:
-    """Numbers per token: what the activation was before every trained link.
+    """Numbers per token: the activation before every trained link, whose gradient needs it.
 
-    An input is kept once by all that read it, and so is what sites have in common behind their first links. Where masks leave
-    some columns of an input alone, these are kept instead. The input counts even where the base itself keeps it too; the masks
-    of dropout do not.
+    All sites that read an input keep it once, and once what they have in common behind their first links. Where masks leave
+    some columns of an input alone, these are kept instead. The input counts even where the base keeps it too; the masks of
+    dropout do not count.
     """
     kept: dict[object, int] = {}
     for number, each in enumerate(plan.sets):

@@ -1,4 +1,4 @@
-"""Plan -> steps: every contraction of an adapter's forward pass, with what it costs."""
+"""Plan -> counted steps: every contraction of an adapter's forward pass, with what it costs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from tensorpeft.network.network import Group, Term
-from tensorpeft.planning.chain import ANY_SITE, SITE, Chain, Link, operand_modes, site_sizes
+from tensorpeft.planning.chain import ANY_SITE, SITE, Chain, Link, site_sizes
 from tensorpeft.planning.cost import Built, prologue_key
 from tensorpeft.planning.orders import TOKEN
 from tensorpeft.planning.plan import GroupPlan, Plan
@@ -26,7 +26,7 @@ Tensor = tuple[str, tuple[str, ...]]  # a name and its modes
 
 
 @dataclass(frozen=True)
-class Step:
+class CountedStep:
     """One contraction of two tensors. Costs are those of one run; a multiply-add is two FLOPs."""
 
     sites: str  # for which sites it is
@@ -52,14 +52,14 @@ class _Meter:
     sizes: Mapping[str, int]
     regime: Regime
 
-    def step(self, runs: int, left: Tensor, right: Tensor, result: Tensor, *, passes: int) -> Step:
+    def step(self, runs: int, left: Tensor, right: Tensor, result: Tensor, *, passes: int) -> CountedStep:
         """A contraction; its backward pass, where there is one, does its work so many times again."""
         every = dict.fromkeys((*left[1], *right[1]))
         flops = self._size(every) * (1 if every.keys() <= {*result[1]} else 2)
         moved = sum(self._size(modes) for _, modes in (left, right, result))
         if result[0] == ENDS[self.group.at][1]:  # it is added to the base's, which is read first
             moved += self._size(result[1])
-        return Step(
+        return CountedStep(
             sites=sites_of(self.group.sites),
             runs=runs,
             left=self._shown(left),
@@ -82,7 +82,7 @@ class _Meter:
         return tensor[0], tuple(mode.strip("<>") for mode in self._met(tensor[1]))
 
 
-def steps(plan: Plan) -> tuple[Step, ...]:
+def steps(plan: Plan) -> tuple[CountedStep, ...]:
     """What is done once, on factors alone, and then what is done at the sites; group by group."""
     built: Built = set()
     groups = [_whole(group) for group in plan.groups]
@@ -97,7 +97,7 @@ def _whole(plan: GroupPlan) -> GroupPlan:
     return plan if group.kind == "linear" else replace(plan, group=some_sites(group, range(len(group.sites))))
 
 
-def _prologue(plan: GroupPlan, regime: Regime, built: Built) -> Iterator[Step]:
+def _prologue(plan: GroupPlan, regime: Regime, built: Built) -> Iterator[CountedStep]:
     """The steps that build the tensors of links for all sites at once; what another group has built is there already."""
     shared = built if plan.group.kind == "linear" else set()
     for chain, term in zip(plan.chains, plan.group.terms, strict=True):
@@ -105,27 +105,24 @@ def _prologue(plan: GroupPlan, regime: Regime, built: Built) -> Iterator[Step]:
         for link in chain.links:
             if not link.at_site and prologue_key(term, link) not in shared:
                 shared.add(prologue_key(term, link))
-                inputs = {i: operand_modes(plan.group, term.operands[i]) for i in link.operands}
-                final = (*link.site_modes, *link.modes)
-                yield from _building(meter, term, link, inputs, final, runs=1, passes=2 * link.trainable)
+                yield from _building(meter, term, link, runs=1, passes=2 * link.trainable)
 
 
-def _sites(plan: GroupPlan, regime: Regime) -> Iterator[Step]:
+def _sites(plan: GroupPlan, regime: Regime) -> Iterator[CountedStep]:
     """The steps at the sites. Those that read one tensor go together as far as the plan lets them."""
     for chain, term in zip(plan.chains, plan.group.terms, strict=True):
         meter = _Meter(plan.group, term.sizes, regime)
         for link in chain.links:
             if link.at_site:  # and again in the backward pass, which then has two products for each
-                inputs = {i: term.operands[i].modes for i in link.operands}
                 runs, passes = len(plan.group.sites), 1 + 2 * link.trainable
-                yield from _building(meter, term, link, inputs, link.modes, runs=runs, passes=passes)
+                yield from _building(meter, term, link, runs=runs, passes=passes)
         for together, number in sorted(Counter(map(len, plan.bundles)).items()):
             yield from _activation(plan, chain, term, together, number, regime)
 
 
 def _activation(
     plan: GroupPlan, chain: Chain, term: Term, together: int, number: int, regime: Regime
-) -> Iterator[Step]:
+) -> Iterator[CountedStep]:
     """The activation meets link after link, at each of ``number`` inputs that so many sites read together."""
     meter = _Meter(plan.group, {**term.sizes, TOKEN: regime.tokens, "task": 1, SITE: together}, regime)
     name, end = ENDS[plan.group.at]
@@ -141,25 +138,13 @@ def _activation(
         name = result[0]
 
 
-def _building(
-    meter: _Meter,
-    term: Term,
-    link: Link,
-    inputs: dict[int, tuple[str, ...]],
-    final: tuple[str, ...],
-    *,
-    runs: int,
-    passes: int,
-) -> Iterator[Step]:
-    """A link's tensor, built pair by pair."""
-    live: list[tuple[tuple[int, ...], tuple[str, ...]]] = [((operand,), modes) for operand, modes in inputs.items()]
-    for pair in link.path:
-        (left, left_modes), (right, right_modes) = (live[i] for i in pair)
-        live = [tensor for i, tensor in enumerate(live) if i not in pair]
-        needed = {*final, *(mode for _, modes in live for mode in modes)}
-        kept = tuple(mode for mode in dict.fromkeys((*left_modes, *right_modes)) if mode in needed) if live else final
-        live.append((tuple(sorted((*left, *right))), kept))
-        tensors = ((left, left_modes), (right, right_modes), live[-1])
+def _building(meter: _Meter, term: Term, link: Link, *, runs: int, passes: int) -> Iterator[CountedStep]:
+    """The steps that build a link's tensor."""
+    made: list[tuple[int, ...]] = [(operand,) for operand in link.operands]
+    for step in link.steps:
+        left, right = (made[number] for number in step.inputs)
+        made.append(tuple(sorted((*left, *right))))
+        tensors = ((left, step.left), (right, step.right), (made[-1], step.result))
         yield meter.step(runs, *((_name(term, operands), modes) for operands, modes in tensors), passes=passes)
 
 
@@ -167,9 +152,9 @@ def _name(term: Term, operands: Iterable[int]) -> str:
     return ".".join(term.operands[i].factor for i in operands)
 
 
-def step_table(done: tuple[Step, ...], tokens: int) -> Table:
+def step_table(done: tuple[CountedStep, ...], tokens: int) -> Table:
     """The steps of a forward pass; those that differ in sizes alone are one row."""
-    alike: dict[str, list[Step]] = {}
+    alike: dict[str, list[CountedStep]] = {}
     for step in done:
         alike.setdefault(str(step), []).append(step)
     rows: list[tuple[Cell, ...]] = [
@@ -179,7 +164,7 @@ def step_table(done: tuple[Step, ...], tokens: int) -> Table:
     return Table(("step", "runs", "sizes", "FLOPs", "bytes", "backward FLOPs"), tuple(rows))
 
 
-def _costs(each: Iterable[Step]) -> tuple[int, int, int]:
+def _costs(each: Iterable[CountedStep]) -> tuple[int, int, int]:
     """FLOPs, bytes and FLOPs of the backward pass, of all runs."""
     each = tuple(each)
     return (
@@ -189,5 +174,5 @@ def _costs(each: Iterable[Step]) -> tuple[int, int, int]:
     )
 
 
-def _sizes(each: list[Step]) -> str:
+def _sizes(each: list[CountedStep]) -> str:
     return ", ".join(f"{mode} {span_of({dict(step.sizes)[mode] for step in each})}" for mode, _ in each[0].sizes)

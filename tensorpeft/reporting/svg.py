@@ -37,7 +37,7 @@ text { font: 12px ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace; 
 
 
 @dataclass(frozen=True)
-class Place:
+class Box:
     """A rectangle around a middle."""
 
     x: float
@@ -67,12 +67,12 @@ def width(*lines: str) -> float:
     return max(map(len, lines)) * CHARACTER
 
 
-def rectangle(parent: ET.Element, kind: str, place: Place, radius: float) -> None:
+def rectangle(parent: ET.Element, kind: str, place: Box, radius: float) -> None:
     """A box with round corners."""
     _put(parent, "rect", kind, x=place.left, y=place.top, width=place.width, height=place.height, rx=radius)
 
 
-def arrow(parent: ET.Element, kind: str, place: Place) -> None:
+def arrow(parent: ET.Element, kind: str, place: Box) -> None:
     """A label with a tip to the right."""
     tip = place.right - 9
     upper = [(place.left, place.top), (tip, place.top), (place.right, place.y)]

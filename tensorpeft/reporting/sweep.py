@@ -15,15 +15,15 @@ from tensorpeft.planning.regime import Regime
 from tensorpeft.reporting.comparison import Comparison, Refused, Row, Settings
 from tensorpeft.reporting.counting import report_of
 
-Case = tuple[str, tuple[str, ...], int | None]  # a spec, what is set over its text, a budget
+SweepCase = tuple[str, tuple[str, ...], int | None]  # a spec, what is set over its text, a budget
 
 
-def cases(specs: Sequence[str], settings: Iterable[Sequence[str]], budgets: Sequence[int]) -> list[Case]:
+def cases(specs: Sequence[str], settings: Iterable[Sequence[str]], budgets: Sequence[int]) -> list[SweepCase]:
     """Every spec with all settings of one combination, under every budget; None where there is no budget."""
     return [(spec, tuple(chosen), budget) for spec, chosen, budget in product(specs, settings, budgets or (None,))]
 
 
-def sweep(given: Iterable[Case], shape: ModelShape) -> Comparison:
+def sweep(given: Iterable[SweepCase], shape: ModelShape) -> Comparison:
     """A row for each case.
 
     Raises:
@@ -35,7 +35,7 @@ def sweep(given: Iterable[Case], shape: ModelShape) -> Comparison:
     return Comparison(rows, tuple(row for row in found if isinstance(row, Refused)))
 
 
-def _tried(case: Case, shape: ModelShape) -> Row | Refused:
+def _tried(case: SweepCase, shape: ModelShape) -> Row | Refused:
     name, chosen, budget = case
     try:
         return row(name, chosen, shape) if budget is None else _within(budget, name, chosen, shape)

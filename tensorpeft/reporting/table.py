@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal
 
-from tabulate import tabulate
-
 Cell = int | float | str
 
 
@@ -19,6 +17,8 @@ class Table:
 
     def render(self, style: str) -> str:
         """The table in one of tabulate's formats: columns with numbers to the right, others to the left."""
+        from tabulate import tabulate  # late: it reads the metadata of its package, and JSON needs none of it
+
         rows = [[_shown(cell) for cell in row] for row in self.rows]
         sides = [
             "left" if any(column) and all(isinstance(cell, str) for cell in column) else "right"

@@ -1,4 +1,4 @@
-"""The adapter: the module that owns the factors and adds the update to its sites."""
+"""The adapter that users hold: a module that owns the factors, over its state and the operations on it."""
 
 from __future__ import annotations
 
@@ -17,66 +17,60 @@ from tensorpeft.language.spec import Spec
 from tensorpeft.model.shape import Site
 from tensorpeft.network.network import Network
 from tensorpeft.planning.plan import Plan
-from tensorpeft.runtime import factor_cache as prologue
 from tensorpeft.runtime import merging, saving
-from tensorpeft.runtime.autograd import SetRun
-from tensorpeft.runtime.base_weight import base_weight, product_of
+from tensorpeft.runtime.attachment import remove
 from tensorpeft.runtime.data_init import fill_from_weights
+from tensorpeft.runtime.engine import Engine
 from tensorpeft.runtime.factors import Factors
-from tensorpeft.runtime.hooks import Attachment
-from tensorpeft.runtime.magnitudes import Magnitudes
-from tensorpeft.runtime.program_cache import Codes, Compiled
-from tensorpeft.runtime.replacement import Apart
-from tensorpeft.runtime.tasks import Tasks
-from tensorpeft.runtime.trained_base import Extras
+from tensorpeft.runtime.state import Merged, State
+from tensorpeft.runtime.trained_base import TrainedBase
+from tensorpeft.runtime.whole import at_exit
 
 
 class Adapter(nn.Module):
-    """The factors of a spec on a model, attached to the model's sites by forward hooks.
+    """The factors of a spec on a model, attached to the model's sites.
 
     It is a submodule of the model, which keeps its class, its names and its parameters. ``factors`` holds one
-    parameter (or buffer, where frozen) per factor, or per size of a ragged one.
+    parameter (or buffer, where frozen) per factor, or per size of a ragged one; ``trained_base`` the parameters of the model that
+    are trained beside dW.
 
     Where it ``adapts``, inputs of other lengths than the plan's, or without gradients, have plans of their own.
     """
 
     def __init__(self, plan: Plan, name: str, dtype: torch.dtype, device: torch.device, *, adapts: bool = True) -> None:
         super().__init__()
-        self.name = name
-        self.plan = plan
-        self.adapts = adapts
         self.factors = Factors(plan.network, dtype, device)
-        self.extras = Extras(extra.path for extra in plan.network.extras)
-        self.attachment: Attachment | None = None
-        self._enabled = self._alone = True
-        self._merged: merging.Merged | None = None
-        self._emit()
-        self.reset_parameters()
+        self.trained_base = TrainedBase(extra.path for extra in plan.network.extras)
+        self.state = State(plan, name, self.factors, self.trained_base, adapts=adapts)
+        self.engine = Engine(self.state)
 
     # What the adapter is
 
     @property
+    def name(self) -> str:
+        return self.state.name
+
+    @property
+    def plan(self) -> Plan:
+        return self.state.plan
+
+    @property
     def network(self) -> Network:
-        return self.plan.network
+        return self.state.network
 
     @property
     def spec(self) -> Spec:
-        return self.plan.network.spec
+        return self.state.spec
 
     @property
-    def input_modules(self) -> tuple[str, ...]:
-        """The modules to whose input something is added while the adapter is alone on its model."""
-        return tuple(self._codes.main.inputs)
-
-    @property
-    def product_modules(self) -> tuple[str, ...]:
-        """The modules of which it needs W x while it is alone on its model."""
-        return tuple(self._codes.main.products)
+    def model(self) -> nn.Module | None:
+        """The model that it is attached to."""
+        return self.state.model
 
     @property
     def sites(self) -> tuple[Site, ...]:
         """Where the update lands, in the order of the plan's groups."""
-        return self.plan.network.sites
+        return self.network.sites
 
     def extra_repr(self) -> str:
         trained = sum(parameter.numel() for parameter in self.parameters())
@@ -97,7 +91,7 @@ class Adapter(nn.Module):
         Raises:
             AdapterError: no site is there, or the spec has tasks and none is given.
         """
-        return merging.delta(self, module, task)
+        return merging.delta(self.engine, module, task)
 
     # How it is used
 
@@ -111,43 +105,40 @@ class Adapter(nn.Module):
         for block in self.network.blocks:
             if block.trainable:
                 groups.setdefault(block.rule.lr, []).append(self.factors[block.name])
-        extras = list(self.extras.parameters())
-        if extras:
-            groups.setdefault(1.0, []).extend(extras)
+        of_base = list(self.trained_base.parameters())
+        if of_base:
+            groups.setdefault(1.0, []).extend(of_base)
         return [{"params": parameters, "lr": lr * multiplier} for multiplier, parameters in groups.items()]
 
     @property
     def enabled(self) -> bool:
-        """Whether the hooks add the update: not within ``disabled()``, and not while it is merged."""
-        return self._enabled and self._merged is None
+        """Whether the update is added in every forward: not within ``disabled()``, and not while it is merged."""
+        return self.state.working
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Within this context the model is the base model, beside the other adapters that it may have: for every thread."""
-        before, merged = self._enabled, self._merged
-        if merged is not None:
-            self.unmerge()
-        self._enable(False)
-        try:
-            with self.extras.swapped():
-                yield
-        finally:
-            self._enable(before)
-            if merged is not None:
-                self.merge(merged.task)
+        """Within this context the model is the base model, beside the other adapters that it may have: for every thread.
 
-    def _enable(self, enabled: bool) -> None:
-        self._enabled = enabled
-        if self.attachment is not None:
-            self.attachment.tell_who_is_alone()
+        Contexts may lie within each other, or overlap: it is enabled again when the last of them is left.
+        """
+        state, context = self.state, object()
+
+        def enable() -> None:
+            state.disabled_by.discard(context)
+            state.refresh()
+
+        with at_exit(enable):
+            state.disabled_by.add(context)
+            state.refresh()
+            yield
 
     @contextmanager
     def tasks(self, ids: Tensor) -> Iterator[None]:  # shape: (batch,), integers
         """Within this context row i of a batch belongs to task ``ids[i]``.
 
-        It is of the thread that enters it. Under activation checkpointing the backward pass runs the forward again, so it belongs
-        into the context too. A compiled model is compiled again for each size of batch, unless
-        ``torch._dynamo.config.force_nn_module_property_static_shapes`` is off.
+        It is of the thread, or the coroutine, that enters it, and has a copy of the ids. Under activation checkpointing the
+        backward pass runs the forward again, so it belongs into the context too. A compiled model is compiled again for each
+        size of batch, unless ``torch._dynamo.config.force_nn_module_property_static_shapes`` is off.
 
         Raises:
             AdapterError: the spec has no task mode, or the ids are not a vector of tasks that exist.
@@ -155,30 +146,34 @@ class Adapter(nn.Module):
         n_tasks = self.spec.tasks
         if n_tasks is None:
             raise AdapterError(f"adapter `{self.name}` has no task mode; tasks() is for specs with `tasks:`")
-        with self._tasks.chosen(ids, n_tasks):
+        with self.state.tasks.chosen(ids, n_tasks):
             yield
 
     def merge(self, task: int | None = None) -> None:
-        """Add dW to the base weights, so that a forward costs what the base's does. ``unmerge`` restores their bits.
+        """Add dW to the base weights, so that a forward costs what the base's does.
+
+        Other adapters may be merged before or after it, and leave in any order: a weight is its own bits and the sum of what is
+        merged into it.
 
         Raises:
-            AdapterError: it is merged already, a weight is quantised, an update is not finite, or no task is given.
+            AdapterError: it is merged already, a weight is quantised or shared, an update is not finite, the sum is beyond the
+                range of the weight's dtype, or no task is given. Nothing was merged then.
         """
-        self._merged = merging.merge(self, task)
+        self.state.check_base()
+        merging.merge(self.engine, task)
 
     def unmerge(self) -> None:
-        """Give the base weights back the bits that they had before ``merge``.
+        """Take dW off the base weights, which have the bits from before then, if nothing else is merged.
 
         Raises:
-            AdapterError: it is not merged, or another adapter was merged after it.
+            AdapterError: it is not merged, or somebody else has written to a weight since.
         """
-        merging.unmerge(self)
-        self._merged = None
+        merging.unmerge(self.state)
 
     @property
-    def merged(self) -> merging.Merged | None:
-        """What ``merge`` replaced, while it is merged."""
-        return self._merged
+    def merged(self) -> Merged | None:
+        """What was merged, while it is."""
+        return self.state.merged
 
     def detach(self, *, keep_merged: bool = False) -> None:
         """Take the adapter off the model, which is then bit for bit what it was before ``attach``.
@@ -188,26 +183,33 @@ class Adapter(nn.Module):
         Raises:
             AdapterError: it is not attached, or ``keep_merged`` without a merge.
         """
-        if self.attachment is None:
-            raise AdapterError(f"adapter `{self.name}` is not attached to a model")
-        if keep_merged and self._merged is None:
+        state = self.state
+        state.base_model()
+        if keep_merged and state.merged is None:
             raise AdapterError(f"adapter `{self.name}` is not merged; call merge() before detach(keep_merged=True)")
-        if self._merged is not None and not keep_merged:
-            self.unmerge()
-        self._merged = None
-        self.attachment.remove(keep_merged=keep_merged)
-        self.attachment = None
+        if state.merged is not None and not keep_merged:
+            merging.check_unchanged(state)
+
+        def leave() -> None:
+            if state.merged is not None:
+                merging.take(state, keep=keep_merged)
+            remove(state, keep=keep_merged)
+
+        with at_exit(leave):
+            pass
 
     def save(self, folder: str | PathLike[str]) -> Path:
         """Write the factors, the spec and the base's shapes to ``adapter.safetensors`` in a folder; returns its path.
 
-        ``tensorpeft.load`` reads it. An older file there is replaced as a whole, or on an error left as it was.
+        ``tensorpeft.load`` reads it. An older file there is replaced as a whole, or on an error left as it was. What is saved is
+        what is trained, also within ``disabled()``, and as it is at one moment.
 
         Raises:
-            AdapterError: a factor has no values (on the meta device), or some that are not finite.
+            AdapterError: a factor has no values (on the meta device), or some that are not finite; or a module was replaced.
             OSError: the folder or the file cannot be written.
         """
-        return saving.save(self, folder)
+        self.state.check_base()
+        return saving.save(self.state, folder)
 
     def reset_parameters(self) -> None:
         """Set every factor to its initial values, by the seed or the base weights, and what it trains of the base to its own.
@@ -217,114 +219,25 @@ class Adapter(nn.Module):
         """
         for block in self.network.blocks:
             self.factors.fill(block, self.spec.seed)
-        if self.attachment is not None:
-            fill_from_weights(self)
-            self.magnitudes.fill()
-        self.extras.reset_parameters()
-        self.forget()
+        if self.model is not None:
+            fill_from_weights(self.state)
+            self.engine.magnitudes.fill()
+        self.trained_base.reset_parameters()
+        self.refresh()
 
-    # What the model and its hooks call
+    def refresh(self) -> None:
+        """Notice what was written to the factors through ``.data``, which leaves no trace that could be seen.
+
+        A forward of the whole model does so anyway: it is for a module that is called by itself after such a write, as of an
+        average of weights.
+        """
+        self.engine.forget()
 
     def forward(self, x: Any) -> Any:
         """The input as it is: in an ``nn.Sequential`` a submodule is a step, and this one changes nothing there."""
         return x
 
-    def forget(self) -> None:
-        """Drop the prologue's results: the next site computes them from the factors as they then are."""
-        self._codes.forget()
-        self._runs: dict[int, SetRun] = {}
-
-    def drop_runs(self) -> None:
-        """Drop what sites were to share that were not called."""
-        self._runs = {}
-        if prologue.is_traced():  # else they would be results of the compiled model
-            self._codes.forget()
-
-    def set_alone(self, alone: bool) -> None:
-        """Say whether no other adapter is at work on the model, so that what its linear modules compute is W x + bias."""
-        if alone != self._alone:
-            self._alone = alone
-            self._codes.set_alone(alone)
-            self._place()
-            self.forget()
-
-    def update(self, path: str, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """The output y (..., d_out) of the module at a path for its input x (..., d_in), with the updates of its sites added."""
-        compiled = self._codes.code_for(x, y)
-        for number, place in compiled.outputs.get(path, ()):
-            call = compiled.code.sets[number]
-            source = x if call.at == "site" else product_of(module, call.modules[place], y)
-            y = self._land(compiled, number, place, module, source, y)
-        return y
-
-    def update_input(self, path: str, module: nn.Module, x: Tensor) -> Tensor:
-        """The input x (..., d_in) of the module at a path, with the updates added that go through its weight."""
-        compiled = self._codes.code_for(x, x)
-        changed = x
-        for number, place in compiled.inputs.get(path, ()):
-            changed = self._land(compiled, number, place, module, x, x.clone() if changed is x else changed)
-        return changed
-
-    def _land(self, compiled: Compiled, number: int, place: int, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        """Of one input set, at x: the update of one of its modules added to y."""
-        stacks = compiled.stacks(self.factors, self.magnitudes.norms, y.dtype, y.device)
-        run = self._runs.pop(number, None)
-        if run is None or not run.fits(place, x, stacks):
-            given = self._given(compiled, number, module, x, y)
-            run = SetRun(compiled.code.sets[number], stacks, x, given, y.dtype)
-        y = run.land(place, y)
-        if run.waiting:
-            self._runs[number] = run
-        return y
-
-    def _given(self, compiled: Compiled, number: int, module: nn.Module, x: Tensor, y: Tensor) -> dict[str, Any]:
-        """What an input set is given beside its input and the prologue's results."""
-        call = compiled.code.sets[number]
-        given: dict[str, Any] = {"training": self.training, **compiled.indices(y.device)[1][number]}
-        if call.program.kind.by_base:
-            given["w"] = base_weight(self, module, call.modules[0]).to(y.dtype)
-        if call.program.kind.by_task:
-            given["ids"] = self._checked_ids(x, call.modules[0])
-        return given
-
-    def _checked_ids(self, x: Tensor, site: Site) -> Tensor:
-        ids = self._tasks.on(x.device)
-        if ids is None:
-            raise AdapterError(
-                f"adapter `{self.name}` has a task mode: call the model within `adapter.tasks(ids)`, "
-                "and backward too where activations are checkpointed"
-            )
-        if ids.shape[0] != x.shape[0]:
-            raise AdapterError(f"tasks() was given {ids.shape[0]} ids, but {site} has a batch of {x.shape[0]} rows")
-        return ids
-
-    # Copies: without emitted code and the prologue's results, which follow from the rest
-
-    def _emit(self) -> None:
-        self._codes = Codes(self.plan, adapts=self.adapts)
-        self._codes.set_alone(self._alone)
-        self.apart = Apart(self)
-        self.magnitudes = Magnitudes(self)
-        self._tasks = Tasks()
-        self.forget()
-        self._place()
-
-    def _place(self) -> None:
-        """Put the constants of the code where the factors are: not in a forward, which a compiler may follow."""
-        for factor in self.factors.tensors()[:1]:
-            self._codes.place(factor.device)
-            self.apart.place(factor.device)
-            self.magnitudes.place(factor.device)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Adapter:
         super()._apply(fn, recurse)
-        self._place()
+        self.engine.place()
         return self
-
-    def __getstate__(self) -> dict[str, Any]:
-        left_out = ("_codes", "_runs", "_tasks", "apart", "magnitudes")
-        return {key: value for key, value in self.__dict__.items() if key not in left_out}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._emit()

@@ -1,4 +1,4 @@
-"""A plan and a model -> an attached adapter."""
+"""A plan and a model -> an attached adapter; and off again. Both are whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.checkpoint.fit import stored_name
+from tensorpeft.checkpoint.compatibility import stored_name
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.network.network import Network
 from tensorpeft.planning.plan import Plan
 from tensorpeft.runtime.adapter import Adapter
+from tensorpeft.runtime.attachment import install, remove
 from tensorpeft.runtime.data_init import fill_from_weights
-from tensorpeft.runtime.hooks import PREFIX, Attachment
+from tensorpeft.runtime.hooks import PREFIX
+from tensorpeft.runtime.whole import at_exit
 
 
 def attach_plan(
@@ -33,8 +35,8 @@ def attach_plan(
     from those, the factors in their dtype.
 
     Raises:
-        AdapterError: the model has something of that name already, the name is no identifier, or ``values`` are given
-            for a model on the meta device.
+        AdapterError: the model has something of that name already, the name is no identifier, ``values`` are given for a model
+            on the meta device, or a module is none that an update can be added to.
         SpecError: a factor's name cannot be that of a parameter.
     """
     name = plan.network.spec.name.replace("-", "_") if name is None else name
@@ -42,19 +44,38 @@ def attach_plan(
         raise AdapterError(f"the adapter name `{name}` is not a Python identifier; give another with `name=`")
     if hasattr(model, PREFIX + name):
         raise AdapterError(f"the model already has an adapter `{name}`; give this one another name with `name=`")
+    if torch.is_inference_mode_enabled():
+        raise AdapterError("attach found inference mode, in which no factor can be trained; attach outside of it")
     weight = _first_weight(model, plan.network)
     floating = weight.is_floating_point() and weight.dtype.itemsize >= 4
     adapter = Adapter(plan, name, weight.dtype if floating else torch.float32, weight.device, adapts=adapts)
-    if values is not None:
-        adapter.factors.put({block.name: values[block.name] for block in plan.network.blocks})
-    adapter.attachment = Attachment(model, adapter)
     if values is None:
-        fill_from_weights(adapter)
-        adapter.magnitudes.fill()
-    adapter.train(model.training)
-    stored = {extra.path: stored_name(extra.path) for extra in plan.network.extras}
-    adapter.attachment.install({path: values[name] for path, name in stored.items()} if values is not None else {})
+        adapter.reset_parameters()
+    else:
+        adapter.factors.put({block.name: values[block.name] for block in plan.network.blocks})
+    state, done = adapter.state, False
+
+    def take_back() -> None:
+        if not done:
+            remove(state)
+
+    with at_exit(take_back):
+        state.model = model
+        if values is None:
+            fill_from_weights(state)
+            adapter.engine.magnitudes.fill()
+        adapter.train(model.training)
+        install(adapter.engine, adapter, model, _of_base(values or {}))
+        done = True
+    adapter.engine.prepare(weight.dtype.itemsize)
+    adapter.engine.place()
     return adapter
+
+
+def _of_base(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values of parameters and buffers of the base, by their paths."""
+    prefix = stored_name("")
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
 def _first_weight(model: nn.Module, network: Network) -> Tensor:

@@ -1,4 +1,4 @@
-"""An input set at run time: what its sites have in common is computed when the first of its modules has run.
+"""An input set at run time: what its sites have in common is computed when the first of its modules runs.
 
 In training two functions of autograd's stand for it. The one computes what is common, and gives each module a *handle*: a tensor
 of the shape of its output, without memory. The other adds a module's update to its output, in the memory of that, and
@@ -7,133 +7,155 @@ passes the gradient on to the output and, as it is, to the handle. So the first 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tensorpeft.emission.emit import SetCall
-from tensorpeft.runtime.factor_cache import Stacks, is_traced, outputs_are_kept, refuse_unusual
+from tensorpeft.emission.graph import picker
+from tensorpeft.runtime.base_weight import base_weight, product_of
+from tensorpeft.runtime.factor_cache import FactorCache, Prepared
+from tensorpeft.runtime.gradients import refuse_unusual
+from tensorpeft.runtime.state import State
+from tensorpeft.runtime.torch_internals import (
+    apply_of,
+    backward_pass,
+    outputs_are_kept,
+    tracing_state,
+    transforms_are_active,
+)
 
 Given = dict[str, Any]
 
 
-class SetRun:
-    """One input set at one input."""
+class Run:
+    """What an input set has computed for one input."""
 
-    def __init__(self, call: SetCall, stacks: Stacks, x: Tensor, given: Mapping[str, Any], dtype: torch.dtype) -> None:
-        self.call, self.stacks, self.x, self.version = call, stacks, x, _version(x)
-        self.waiting = set(range(len(call.modules)))
-        self.state = _state()
-        self.handles: tuple[Tensor, ...] = ()
-        cast = x if x.dtype == dtype else x.to(dtype)  # under autocast the base has cast its own copy
-        self.given: Given = {**given, "x": cast}
-        for number, (stack, row) in enumerate(call.pieces):
-            self.given[f"p{number}"] = stacks.rows[stack][row]
-        if stacks.token is not None and (stacks.token.requires_grad or cast.requires_grad):
-            self.handles = _Common.apply(cast, stacks.token, self)
-        else:
-            self.compute()
+    __slots__ = ("given", "grad", "handles", "kept", "number", "version", "waiting", "x")
 
-    def fits(self, module: int, x: Tensor, stacks: Stacks) -> bool:
-        """Whether a module can use it: it has the same input, in the same state of everything, and did not use it yet."""
-        if module not in self.waiting or x is not self.x or stacks is not self.stacks:
-            return False
-        return is_traced() or (self.version == _version(x) and self.state == _state())
+    x: Tensor
+    version: int  # of x; -1 where it counts none
+    grad: bool
+    number: int  # of the engine's run, if this is within one: of what is done again there
+    kept: bool  # whether somebody keeps the outputs of kernels
+    waiting: int  # the modules that did not ask yet, each a bit
+    given: Given  # what the epilogues take
+    handles: tuple[Tensor, ...]
 
-    def compute(self) -> None:
-        """What the sites have in common."""
-        function = self.call.program.forward
-        results = function.code.forward(*(self.given[name] for name in function.takes))
-        self.given.update(zip(function.returns, results, strict=True))
 
-    def land(self, module: int, y: Tensor) -> Tensor:
-        """The output of a module with the update of its sites added."""
-        self.waiting.discard(module)
+class SharedInput:
+    """One input set of a program: sites that read one tensor. It keeps what it computed while one of its modules waits for it."""
+
+    def __init__(self, state: State, cache: FactorCache, number: int) -> None:
+        self.state, self.cache, self.number = state, cache, number
+        self.call: SetCall = cache.program.sets[number]
         program = self.call.program
-        if is_traced():
-            function = program.new_landings[module]
-            return function.code.forward(*(y if name == "y" else self.given[name] for name in function.takes))
-        function = program.landings[module]
-        target = _writable(y)
-        given = {**self.given, "y": target}
-        if self.handles:
-            target = _Land.apply(target, self.handles[module], function, given)
+        self.all = (1 << len(self.call.modules)) - 1
+        self.run: Run | None = None
+        self._by_base, self._by_task = program.kind.by_base, program.kind.by_task
+        self._behind = self.call.at == "output"
+        self.forward, self.pick, self.returns = program.forward.run, program.forward.pick, program.forward.returns
+        self.epilogues = [(each.code.forward, picker(each.takes[1:])) for each in program.epilogues]
+        assert all(each.takes[0] == "y" for each in program.epilogues)
+
+    def begin(self, module: nn.Module, x: Tensor, y: Tensor, grad: bool) -> Run | None:
+        """Compute what the sites have in common; None if something looks on that needs functions without effects (``traced``)."""
+        if transforms_are_active() or (not self.cache.now.thread and tracing_state() is not None):
+            return None
+        prepared = self.cache.prepared(y, grad)
+        run = Run()  # filled in here, as an __init__ would be a call more
+        run.x, run.grad, run.waiting, run.handles = x, grad, self.all, ()
+        try:
+            run.version = x._version
+        except RuntimeError:  # a tensor of inference mode counts none
+            run.version = -1
+        run.number = backward_pass() if grad else -1
+        run.kept = grad and outputs_are_kept()
+        source = product_of(module, self.call.modules[0], y) if self._behind else x
+        cast = (
+            source if source.dtype is y.dtype else source.to(y.dtype)
+        )  # under autocast the base has cast its own copy
+        run.given = given = {**prepared.given[self.number], "x": cast, "training": self.state.factors.training}
+        if self._by_base:
+            given["w"] = base_weight(self.state, module, self.call.modules[0]).to(y.dtype)
+        if self._by_task:
+            given["ids"] = self.state.ids_for(x, self.call.modules[0])
+        if prepared.token is not None and (prepared.token.requires_grad or cast.requires_grad):
+            run.handles = _common(cast, prepared.token, self, prepared, given)
         else:
-            function.code.forward(*(given[name] for name in function.takes))
-        return target if target.shape == y.shape else target.view(y.shape)
-
-
-def _version(x: Tensor) -> int:
-    return -1 if is_traced() or x.is_inference() else x._version
-
-
-def _state() -> tuple[Any, ...]:
-    """What the tensors of a run belong to: one pass of autograd's engine, or none."""
-    return () if is_traced() else (torch._C._current_graph_task_id(), torch.is_grad_enabled())
-
-
-def _writable(y: Tensor) -> Tensor:
-    """An output in whose memory one may write: y, or what y views as a whole; else a copy."""
-    base = None if outputs_are_kept() else y._base if y._is_view() else y
-    whole = base is not None and base.numel() == y.numel() and base.is_contiguous() and y.is_contiguous()
-    if base is not None and whole and not (base.is_leaf and base.requires_grad):
-        return base
-    return y.clone(memory_format=torch.contiguous_format)
+            for name, value in zip(self.returns, self.forward(*self.pick(given)), strict=True):
+                given[name] = value  # noqa: PERF403 - a comprehension is a call
+        return run
 
 
 class _Common(torch.autograd.Function):
     """What the sites of an input set have in common, and all of its backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, run: SetRun) -> tuple[Tensor, ...]:
-        run.compute()
-        program, gradients = run.call.program, run.stacks.gradients
-        ctx.to_x, ctx.to_pieces = ctx.needs_input_grad[:2]
-        everything = frozenset(range(len(run.call.modules)))
-        takes = program.backward(everything, to_x=ctx.to_x, to_pieces=ctx.to_pieces).takes
-        ctx.names = tuple(name for name in takes if name == "x" or name in program.forward.returns)
-        ctx.save_for_backward(*(run.given[name] for name in ctx.names))
-        ctx.given = {name: run.given[name] for name in takes if name in run.given and name not in ctx.names}
-        ctx.program, ctx.pieces, ctx.gradients, ctx.shape = program, run.call.pieces, gradients, x.shape
+    def forward(ctx: Any, x: Tensor, token: Tensor, shared: SharedInput, prepared: Prepared, given: Given) -> Any:
+        for name, value in zip(shared.returns, shared.forward(*shared.pick(given)), strict=True):
+            given[name] = value
+        program = shared.call.program
+        ctx.to_x, ctx.to_arguments = ctx.needs_input_grad[:2]
+        ctx.function = function = program.backward(shared.all, to_x=ctx.to_x, to_arguments=ctx.to_arguments)
+        activations, others = {}, {}
+        for name in function.takes:
+            if name == "x" or name in program.forward.returns:
+                activations[name] = given[name]
+            elif name in given:
+                others[name] = given[name]
+        ctx.save_for_backward(*activations.values())
+        ctx.names, ctx.given = tuple(activations), others
+        ctx.shared, ctx.gradients, ctx.shape = shared, prepared.gradients, x.shape
         ctx.set_materialize_grads(False)
-        return tuple(_handle(x, d_out) for d_out in program.kind.d_out)
+        lead, flat = x.shape[:-1], (0,) * x.ndim
+        handles = []
+        for d_out in program.kind.d_out:
+            handles += [torch.empty_strided((*lead, d_out), flat, dtype=x.dtype, device=x.device)]
+        return tuple(handles)
 
     @staticmethod
     def backward(ctx: Any, *outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        present = {f"g{module}": gradient for module, gradient in enumerate(outputs) if gradient is not None}
-        refuse_unusual(present.values())
-        if not present:
-            return None, None, None
-        ctx.gradients.check()
-        numbers = frozenset(module for module, gradient in enumerate(outputs) if gradient is not None)
-        function = ctx.program.backward(numbers, to_x=ctx.to_x, to_pieces=ctx.to_pieces)
-        given = {**ctx.given, **dict(zip(ctx.names, ctx.saved_tensors, strict=True)), **present}
-        for name in function.takes:
-            if name.startswith("into"):
-                given[name] = ctx.gradients.row(*ctx.pieces[int(name.removeprefix("into"))])
-        dx, *parts = function.code.forward(*(given[name] for name in function.takes))
-        for name, part in zip(function.returns[1:], parts, strict=True):
-            ctx.gradients.put(*ctx.pieces[int(name.removeprefix("into"))], part)
-        return None if dx is None else dx.reshape(ctx.shape), None, None
+        present, given, one = 0, {**ctx.given}, None
+        for module, gradient in enumerate(outputs):
+            if gradient is not None:
+                present |= 1 << module
+                given[f"g{module}"] = one = gradient
+        if one is None:
+            return None, None, None, None, None
+        refuse_unusual(one)
+        call, function = ctx.shared.call, ctx.function
+        if present != ctx.shared.all:
+            function = call.program.backward(present, to_x=ctx.to_x, to_arguments=ctx.to_arguments)
+        for name, value in zip(ctx.names, ctx.saved_tensors, strict=True):
+            given[name] = value  # noqa: PERF403 - a comprehension is a call
+        current = ctx.gradients.current()
+        for name, number in function.accumulated:
+            stack, row = call.arguments[number]
+            given[name] = current.rows[stack][row] if stack in current.rows else current.row(stack, row)
+        dx, *parts = function.run(*function.pick(given))
+        for number, part in zip(function.delivered, parts, strict=True):
+            current.put(*call.arguments[number], part)
+        return None if dx is None else dx.reshape(ctx.shape), None, None, None, None
 
 
-def _handle(x: Tensor, d_out: int) -> Tensor:
-    shape = (*x.shape[:-1], d_out)
-    return torch.empty_strided(shape, (0,) * len(shape), dtype=x.dtype, device=x.device)
-
-
-class _Land(torch.autograd.Function):
+class _AddUpdate(torch.autograd.Function):
     """Adds an update to an output, in its memory."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, handle: Tensor, function: Any, given: Given) -> Tensor:
+    def forward(ctx: Any, y: Tensor, handle: Tensor, epilogue: Any, pick: Any, given: Given) -> Tensor:
         ctx.mark_dirty(y)
         ctx.shape = handle.shape
-        function.code.forward(*(y if name == "y" else given[name] for name in function.takes))
+        epilogue(y, *pick(given))
         return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return gradient, gradient.reshape(ctx.shape), None, None
+        mine = gradient if gradient.shape == ctx.shape else gradient.reshape(ctx.shape)
+        return gradient, mine, None, None, None
+
+
+_common: Callable[..., tuple[Tensor, ...]] = apply_of(_Common)
+add_update: Callable[..., Tensor] = apply_of(_AddUpdate)

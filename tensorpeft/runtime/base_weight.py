@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.model.shape import Rows, Site
-from tensorpeft.runtime.hooks import adapters
-
-if TYPE_CHECKING:
-    from tensorpeft.runtime.adapter import Adapter
+from tensorpeft.runtime.ledger import known
+from tensorpeft.runtime.state import State
 
 
 @dataclass(frozen=True)
-class Held:
+class WeightPlace:
     """A weight: the parameter ``name`` of a module, in which the matrix may lie turned, as (d_in, d_out)."""
 
     module: nn.Module
@@ -49,26 +48,26 @@ class Held:
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-def held(module: nn.Module, site: Site) -> Held:
-    """The weight of a site, whose module is given."""
+def weight_place(module: nn.Module, site: Site) -> WeightPlace:
+    """Where the weight of a site is, whose module is given."""
     *inside, name = (site.parameter or "weight").split(".")
     owner = module.get_submodule(".".join(inside))
-    return Held(owner, name, site.transposed or site.kind == "embedding" or hasattr(owner, "nf"))
+    return WeightPlace(owner, name, site.transposed or site.kind == "embedding" or hasattr(owner, "nf"))
 
 
-def base_weight(adapter: Adapter, module: nn.Module, site: Site) -> Tensor:  # shape: (d_out, d_in) of the site
+def base_weight(state: State, module: nn.Module, site: Site) -> Tensor:  # shape: (d_out, d_in) of the site
     """W, which an update multiplies: the rows of a site, and the values that they had before anything was merged.
 
     Raises:
         AdapterError: the weight is quantised.
     """
-    found = held(module, site)
+    found = weight_place(module, site)
     if not found.is_plain:
         raise AdapterError(
-            f"adapter `{adapter.name}` multiplies by the base weight `W`, but that of `{site.path}` "
+            f"adapter `{state.name}` multiplies by the base weight `W`, but that of `{site.path}` "
             f"({type(module).__name__}) is no plain matrix of numbers"
         )
-    weight = found.matrix(_before_merges(adapter, site.path, found.parameter.detach()))
+    weight = found.matrix(own_bits(found.parameter))
     if weight.dim() == 3:
         weight = weight[site.expert]
     if site.rows is None:
@@ -76,9 +75,32 @@ def base_weight(adapter: Adapter, module: nn.Module, site: Site) -> Tensor:  # s
     return _rows(weight.t(), site.rows).t()
 
 
+def attached_weight(state: State) -> Callable[[Site], Tensor]:
+    """``base_weight`` at the sites of the model that an adapter is attached to.
+
+    Raises:
+        AdapterError: when it is called, the adapter is not attached.
+    """
+
+    def found(site: Site) -> Tensor:
+        module = state.module_of(site)
+        if module is None:
+            raise AdapterError(f"adapter `{state.name}` is not attached to a model, so there is no `W`")
+        return base_weight(state, module, site)
+
+    return found
+
+
+def own_bits(parameter: Tensor) -> Tensor:
+    """The values of a weight without what is merged into it."""
+    entry = None if torch.compiler.is_compiling() else known(parameter)
+    return parameter.detach() if entry is None else entry.bits
+
+
 def product_of(module: nn.Module, site: Site, y: Tensor) -> Tensor:  # shape: (..., d_out) of the site
     """W x of a site, from the output y of its module: its rows, in memory of their own, less the bias."""
-    bias: Any = getattr(module, "bias", None)
+    own = module._parameters
+    bias: Any = own["bias"] if "bias" in own else getattr(module, "bias", None)
     found = y if site.rows is None else _rows(y, site.rows)
     if bias is None:
         return found.clone()
@@ -88,12 +110,3 @@ def product_of(module: nn.Module, site: Site, y: Tensor) -> Tensor:  # shape: (.
 def _rows(tensor: Tensor, rows: Rows) -> Tensor:
     """The part of the last axis that is a site's."""
     return tensor.unflatten(-1, (-1, rows.period)).narrow(-1, rows.offset, rows.count).flatten(-2)
-
-
-def _before_merges(adapter: Adapter, path: str, weight: Tensor) -> Tensor:
-    """The values of a weight that the first merge of it replaced, if there was one."""
-    if adapter.attachment is None or torch.compiler.is_compiling():
-        return weight
-    merges = [other.merged for other in adapters(adapter.attachment.model)]
-    saved = [merged for merged in merges if merged is not None and path in merged.weights]
-    return min(saved, key=lambda merged: merged.order).weights[path] if saved else weight

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,27 +14,24 @@ from tensorpeft.network.network import Block
 from tensorpeft.network.spectral import Decomposition, signed, spectral_values
 from tensorpeft.runtime.base_weight import base_weight
 from tensorpeft.runtime.factors import key_views
-
-if TYPE_CHECKING:
-    from tensorpeft.runtime.adapter import Adapter
+from tensorpeft.runtime.state import State
 
 
 @torch.no_grad()
-def fill_from_weights(adapter: Adapter) -> None:
+def fill_from_weights(state: State) -> None:
     """Set every data-dependent block to its initial values, from the weights as they are before any merge.
 
     Raises:
         AdapterError: a weight is quantised, or has values that are not finite.
         SpecError: a power of the singular values is not finite.
     """
-    assert adapter.attachment is not None
-    blocks = [block for block in adapter.network.blocks if block.data_dependent]
+    assert state.model is not None
+    blocks = [block for block in state.network.blocks if block.data_dependent]
     views = {
-        block.name: dict(zip(block.keys, key_views(adapter.factors[block.name], block), strict=True))
-        for block in blocks
+        block.name: dict(zip(block.keys, key_views(state.factors[block.name], block), strict=True)) for block in blocks
     }
-    for site, uses in _uses(adapter).items():
-        weight = base_weight(adapter, adapter.attachment.model.get_submodule(site.module), site)
+    for site, uses in _uses(state).items():
+        weight = base_weight(state, state.model.get_submodule(site.module), site)
         if weight.is_meta:
             return
         if not weight.isfinite().all():
@@ -50,10 +46,10 @@ def fill_from_weights(adapter: Adapter) -> None:
             views[name][key].copy_(values)
 
 
-def _uses(adapter: Adapter) -> dict[Site, dict[tuple[str, Key], Block]]:
+def _uses(state: State) -> dict[Site, dict[tuple[str, Key], Block]]:
     """The data-dependent blocks of each site, by name and key."""
     found: dict[Site, dict[tuple[str, Key], Block]] = defaultdict(dict)
-    for group in adapter.network.groups:
+    for group in state.network.groups:
         for operand in (operand for term in group.terms for operand in term.operands if operand.block.data_dependent):
             for site, key in zip(group.sites, operand.keys, strict=True):
                 found[site][operand.block.name, key] = operand.block

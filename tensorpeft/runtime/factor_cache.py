@@ -6,200 +6,221 @@ every module (``FlopCounterMode``'s, say) have nothing to find in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from threading import get_ident
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd import Variable
-from torch.utils import checkpoint
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from tensorpeft.language.errors import AdapterError
+from tensorpeft.runtime.factors import Factors
+from tensorpeft.runtime.gradients import Gradients, token_of
+from tensorpeft.runtime.program_cache import Program
+from tensorpeft.runtime.site_tensors import quotient
+from tensorpeft.runtime.torch_internals import is_in_distributed_forward, outputs_are_kept, without_dispatch_modes
 
-Norms = tuple[Tensor | None, ...]  # what each factor is divided by
+Norms = Callable[[], dict[str, Tensor]]  # what some factors are divided by, by the names of their blocks
+Divisors = tuple[Tensor | None, ...]  # the same, for each factor that the prologue takes
+Place = tuple[dict[str, Any], str]  # where torch keeps a factor
 
 
 @dataclass(frozen=True, eq=False)
-class Stacks:
-    """What the prologue made of the factors: of each stack its rows.
+class Prepared:
+    """What the prologue made of the factors: for each input set what its code is given, by name.
 
     In training ``token`` stands for the factors: what uses a row takes it as an input, and leaves the row's gradient in
     ``gradients`` instead of returning it. Otherwise the rows carry their gradients themselves, or there are none.
     """
 
-    rows: tuple[tuple[Tensor, ...], ...]
+    given: list[dict[str, Any]]
     token: Tensor | None = None
     gradients: Gradients | None = None
 
 
-def run(
-    code: fx.GraphModule,
-    dtype: torch.dtype,
-    device: torch.device,
-    factors: tuple[Tensor, ...],
-    norms: Callable[[], Norms],
-    indices: tuple[Tensor, ...],
-) -> Stacks:
-    """The prologue's results for the factors as they are."""
-    if is_traced() or not torch.is_grad_enabled():
-        return recorded(code, dtype, device, factors, norms(), indices)
-    with torch.no_grad(), _disable_current_modes() if outputs_are_kept() else nullcontext():
-        over = norms()
-        stacks = stacked(code, dtype, device, factors, over, indices)
-    gradients = Gradients(stacks, factors)
-    token = _Token.apply((code, dtype, device, over, indices), gradients, *factors)
-    return Stacks(_rows(stacks), token, gradients)
+class Pass:
+    """The forward pass of a model that is on."""
+
+    def __init__(self) -> None:
+        self.number, self.thread = 0, 0
+        self.distributed = False  # whether it is part of one of DistributedDataParallel
+
+    def begin(self) -> None:
+        """A pass begins, in this thread."""
+        self.number, self.thread, self.distributed = self.number + 1, get_ident(), is_in_distributed_forward()
+
+    def end(self) -> None:
+        """It is over."""
+        self.thread = 0
+
+
+class _Made:
+    """Results, and what tells whether they are those of the factors as they are."""
+
+    def __init__(self, prepared: Prepared, places: list[Place], now: Pass, *, guarded: bool) -> None:
+        self.prepared, self.number = prepared, now.number
+        self.guards: list[tuple[dict[str, Any], str, Tensor, int]] = []
+        for holder, name in places:
+            try:
+                version = holder[name]._version
+            except RuntimeError:  # a tensor of inference mode counts none
+                version = -1
+            self.guards += [(holder, name, holder[name], version)]
+        self.pointers: list[int] | None = None
+        if guarded:
+            self.look_at_memory()
+
+    def look_at_memory(self) -> None:
+        """Note where the numbers lie, for what comes outside of a pass; and hold them, so that no others come to lie there."""
+        self.held = [guard[2].detach() for guard in self.guards]
+        self.pointers = [factor.data_ptr() for factor in self.held]
+        self.captured = _is_captured()
+
+    def lies_where_it_lay(self) -> bool:
+        """Whether nobody put other numbers in the place of a factor's, which no version counts."""
+        return self.pointers == [guard[2].data_ptr() for guard in self.guards] and self.captured == _is_captured()
+
+
+class FactorCache:
+    """The results of a program's prologue. A forward of the model believes none that was there before.
+
+    Within that, the versions of the factors guard them. A module that is called by itself, and checkpointing, which runs parts of
+    the forward again during the backward pass and must meet the same tensors, also look at where the numbers lie. What is
+    written through ``.data`` into the same place no one can see: after that, ``Adapter.refresh`` is to be called.
+    """
+
+    def __init__(self, program: Program, factors: Factors, norms: Norms | None, now: Pass) -> None:
+        self.program, self.factors, self.norms, self.now = program, factors, norms, now
+        self._places = [(factors.holder(name), name) for name in program.code.inputs]
+        self.forget()
+
+    def end(self) -> None:
+        """A pass is over. Only a backward pass may want its results again."""
+        if self._made:
+            left = {}
+            for key in self._made:
+                if key[2] and self._made[key].number == self.now.number:
+                    left[key] = self._made[key]
+            self._made = left
+            for key in left:
+                if left[key].pointers is None:
+                    left[key].look_at_memory()
+
+    def forget(self) -> None:
+        """Drop the results."""
+        self._made: dict[tuple[torch.dtype, torch.device, bool], _Made] = {}
+
+    def prepared(self, y: Tensor, grad: bool) -> Prepared:
+        """The results for a dtype and a device, with gradients or without.
+
+        Raises:
+            AdapterError: a factor that the spec freezes is to have a gradient, or the factors have no values.
+        """
+        key, now = (y.dtype, y.device, grad), self.now
+        try:
+            made = self._made[key]
+        except KeyError:  # not there, or another thread has just dropped it
+            return self._make(*key)
+        if made.number != now.number:
+            return self._make(*key)
+        for holder, name, factor, version in made.guards:
+            if holder[name] is not factor or (version >= 0 and factor._version != version):
+                return self._make(*key)
+        if made.pointers is None or (now.thread and now.thread == get_ident() and not y.is_cuda):
+            return made.prepared
+        return made.prepared if made.lies_where_it_lay() else self._make(*key)
+
+    def _make(self, dtype: torch.dtype, device: torch.device, grad: bool) -> Prepared:
+        for holder, name in self._places:
+            if holder is self.factors._buffers and holder[name].requires_grad:
+                self.factors.refuse_thawed(name)
+        factors = tuple([holder[name] for holder, name in self._places])
+        if factors[0].is_meta:
+            refuse_empty(device)
+        by_autograd = (self.program, dtype, device, factors, self.norms)
+        prepared = self._by_hand(dtype, device, factors) if grad else recorded(*by_autograd)
+        guarded = self.now.thread != get_ident() or device.type == "cuda"
+        self._made[dtype, device, grad] = _Made(prepared, self._places, self.now, guarded=guarded)
+        return prepared
+
+    def _by_hand(self, dtype: torch.dtype, device: torch.device, factors: tuple[Tensor, ...]) -> Prepared:
+        """The results, of which autograd sees nothing but the token."""
+        program = self.program
+        with torch.no_grad(), without_dispatch_modes() if outputs_are_kept() else nullcontext():
+            over, indices = divisors(program, self.norms), program.indices(factors[0].device)[0]
+            stacks = stacked(program.code.prologue, dtype, device, factors, over, indices)
+        gradients = Gradients(stacks, factors, distributed=self.now.distributed)
+
+        def again(leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return stacked(program.code.prologue, dtype, device, leaves, over, indices)
+
+        return Prepared(_given(program, stacks, device), token_of(gradients, again, *factors), gradients)
+
+
+def refuse_empty(device: torch.device) -> None:
+    """Factors on the meta device have nothing to compute with.
+
+    Raises:
+        AdapterError: the input is on another one.
+    """
+    if device.type != "meta":
+        raise AdapterError(
+            "the adapter's factors are on the meta device and have no values; "
+            "attach it when the model's weights are loaded, and to a model that is not offloaded"
+        )
+
+
+def _is_captured() -> bool:
+    """Whether what is done now is recorded into a CUDA graph, whose replay fills memory of its own."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def recorded(
+    program: Program, dtype: torch.dtype, device: torch.device, factors: tuple[Tensor, ...], norms: Norms | None
+) -> Prepared:
+    """The results by autograd's own record, where there is one."""
+    over, indices = divisors(program, norms), program.indices(factors[0].device)[0]
+    stacks = stacked(program.code.prologue, dtype, device, factors, over, indices)
+    return Prepared(_given(program, stacks, device))
+
+
+def divisors(program: Program, norms: Norms | None) -> Divisors | None:
+    """What each block that the prologue takes is divided by; None where nothing is."""
+    if norms is None:
+        return None
+    found = norms()
+    return tuple([found.get(name) for name in program.code.inputs])
+
+
+def stacked(
     code: fx.GraphModule,
     dtype: torch.dtype,
     device: torch.device,
     factors: tuple[Tensor, ...],
-    norms: Norms,
+    norms: Divisors | None,
     indices: tuple[Tensor, ...],
-) -> Stacks:
-    """The same, by autograd's own record where there is one."""
-    return Stacks(_rows(stacked(code, dtype, device, factors, norms, indices)))
-
-
-def is_traced() -> bool:
-    """Whether a compiler or a transform of torch.func follows what is done; then autograd's own formulas are used."""
-    followed = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return followed or torch._C._get_tracing_state() is not None
-
-
-def outputs_are_kept() -> bool:
-    """Whether selective checkpointing looks on: it keeps outputs of some kernels, and hands them out again in their order.
-
-    What it keeps must stay as it is, and what is done once for several segments is none of its business.
-    """
-    modes = _get_current_dispatch_mode_stack() if torch._C._len_torch_dispatch_stack() else []
-    return any(type(mode).__module__ == checkpoint.__name__ for mode in modes)
-
-
-def refuse_unusual(gradients: Iterable[Tensor]) -> None:
-    """To be called in a backward pass with what it is given, of which someone may want what its in-place steps cannot give.
-
-    Raises:
-        AdapterError: a backward pass of it (``once_differentiable`` refuses later, and not where a gradient is zero so far), or
-            several passes at once.
-    """
-    if any(torch._C._functorch.is_legacy_batchedtensor(gradient) for gradient in gradients):
-        raise AdapterError(
-            "an adapter takes one gradient at a time, found `is_grads_batched=True`; `torch.func.jacrev` can"
-        )
-    if torch.is_grad_enabled():
-        raise AdapterError(
-            "an adapter's gradients cannot be differentiated again, found `create_graph=True`; `torch.func.grad` inside "
-            "another can, as it follows every step"
-        )
-
-
-def stacked(
-    code: Any, dtype: torch.dtype, device: torch.device, factors: Any, norms: Norms, indices: Any
 ) -> tuple[Tensor, ...]:
     """The stacks as they are, (rows, ...) each."""
     kind = factors[0].device.type
-    factors = [factor if over is None else factor / over for factor, over in zip(factors, norms, strict=True)]
-    with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-        return tuple(stack.to(device) for stack in code.forward(dtype, *factors, *indices))
+    if norms is not None:
+        pairs = zip(factors, norms, strict=True)
+        factors = tuple([factor if over is None else quotient(factor, over) for factor, over in pairs])
+    if kind != "meta" and torch.is_autocast_enabled(kind):  # it would round the factors
+        with torch.autocast(kind, enabled=False):
+            found = code.forward(dtype, *factors, *indices)
+    else:
+        found = code.forward(dtype, *factors, *indices)
+    return found if factors[0].device == device else tuple([stack.to(device) for stack in found])
 
 
-def _rows(stacks: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], ...]:
-    return tuple(stack.unbind() for stack in stacks)
-
-
-class Gradients:
-    """Where a backward pass leaves the gradients of stacks, added up in place.
-
-    A pass is one run of autograd's engine, which has a number: neither a second backward through the same graph, nor one within
-    another (reentrant checkpointing), nor one that never got to the factors leaves anything to the next.
-    """
-
-    def __init__(self, stacks: tuple[Tensor, ...], factors: tuple[Tensor, ...]) -> None:
-        self._factors, self._versions = factors, [factor._version for factor in factors]
-        self._shapes = [(stack.shape, stack.dtype, stack.device) for stack in stacks]
-        self._sums: dict[int, dict[int, tuple[Tensor, tuple[Tensor, ...]]]] = {}
-        self._parts: dict[int, dict[tuple[int, int], Tensor]] = {}
-
-    def check(self) -> None:
-        """Stacks may be views of factors, so these must be as they were."""
-        if [factor._version for factor in self._factors] != self._versions:
-            raise RuntimeError(
-                "a factor of the adapter was changed in place between the forward pass and its backward pass"
-            )
-
-    def row(self, stack: int, row: int) -> Tensor:
-        """The gradient of a row so far, to add to."""
-        sums = self._sums.setdefault(self._pass(), {})
-        if stack not in sums:
-            shape, dtype, device = self._shapes[stack]
-            zeros = torch.zeros(shape, dtype=dtype, device=device)
-            sums[stack] = zeros, zeros.unbind()
-        return sums[stack][1][row]
-
-    def put(self, stack: int, row: int, part: Tensor) -> None:
-        """Add to the gradient of a row."""
-        parts = self._parts.setdefault(self._pass(), {})
-        parts[stack, row] = parts[stack, row].add_(part) if (stack, row) in parts else part
-
-    def take(self) -> dict[int, Tensor]:
-        """The gradients of the stacks that have one, in this pass."""
-        number = self._pass()
-        sums = {stack: zeros for stack, (zeros, _) in self._sums.pop(number, {}).items()}
-        parts = self._parts.pop(number, {})
-        for stack in {stack for stack, _ in parts}:
-            shape, dtype, device = self._shapes[stack]
-            none = (
-                torch.zeros(shape[1:], dtype=dtype, device=device)
-                if shape[0] > sum(s == stack for s, _ in parts)
-                else None
-            )
-            found = torch.stack([parts.get((stack, row), none) for row in range(shape[0])])  # type: ignore[misc]
-            sums[stack] = sums[stack].add_(found) if stack in sums else found
-        return sums
-
-    def _pass(self) -> int:
-        number = torch._C._current_graph_task_id()
-        if number not in self._sums and number not in self._parts:
-            self._sums[number], self._parts[number] = {}, {}
-            Variable._execution_engine.queue_callback(lambda: self._forget(number))
-        return number
-
-    def _forget(self, number: int) -> None:
-        self._sums.pop(number, None)
-        self._parts.pop(number, None)
-
-
-class _Token(torch.autograd.Function):
-    """Stands for the factors in autograd's graph: when all that used them has left its gradients, they get theirs.
-
-    Nothing is saved for that but the factors themselves: the prologue runs again, recorded.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, prologue: tuple[Any, ...], gradients: Gradients, *factors: Tensor) -> Tensor:
-        ctx.prologue, ctx.gradients, ctx.factors = prologue, gradients, factors
-        ctx.set_materialize_grads(False)
-        return factors[0].new_empty(())
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.gradients.check()
-        found = ctx.gradients.take()
-        wanted = ctx.needs_input_grad[2:]
-        leaves = [factor.detach().requires_grad_(want) for factor, want in zip(ctx.factors, wanted, strict=True)]
-        code, dtype, device, norms, indices = ctx.prologue
-        with torch.enable_grad():
-            stacks = stacked(code, dtype, device, leaves, norms, indices)
-        reached = [(stacks[number], gradient) for number, gradient in found.items() if stacks[number].requires_grad]
-        trained = [leaf for leaf in leaves if leaf.requires_grad]
-        if not reached:
-            return (None, None, *(None for _ in wanted))
-        sources, gradients = zip(*reached, strict=True)
-        each = iter(torch.autograd.grad(sources, trained, gradients, allow_unused=True))
-        return (None, None, *(next(each) if want else None for want in wanted))
+def _given(program: Program, stacks: tuple[Tensor, ...], device: torch.device) -> list[dict[str, Any]]:
+    """For each input set the tensors that its code is given: rows of the stacks, and constant indices."""
+    rows, found = [stack.unbind() for stack in stacks], []
+    for call, constants in zip(program.sets, program.indices(device)[1], strict=True):
+        mine: dict[str, Any] = {**constants}
+        for name, (stack, row) in call.named_arguments:
+            mine[name] = rows[stack][row]
+        found += [mine]
+    return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,21 +42,23 @@ class Factors(nn.Module):
         assert isinstance(tensor, Tensor)
         return tensor
 
+    def holder(self, name: str) -> dict[str, Any]:
+        """Where torch keeps the tensor of a block: to look there takes no call."""
+        return self._parameters if name in self._parameters else self._buffers
+
     def tensors(self) -> list[Tensor]:
         """All of them, trained and frozen."""
         return [*self.parameters(), *self.buffers()]
 
-    def refuse_thawed(self, names: Iterable[str]) -> None:
+    def refuse_thawed(self, name: str) -> None:
         """Nothing computes a gradient of what the spec freezes.
 
         Raises:
-            AdapterError: one of these is to have one.
+            AdapterError: it is to have one.
         """
-        for name in names:
-            if name in self._buffers and self[name].requires_grad:
-                raise AdapterError(
-                    f"factor `{name}` is frozen by its spec, found `requires_grad`; to train it, let the spec not freeze it"
-                )
+        raise AdapterError(
+            f"factor `{name}` is frozen by its spec, found `requires_grad`; to train it, let the spec not freeze it"
+        )
 
     def fill(self, block: Block, seed: int) -> None:
         """Set a block to its initial values, if they do not come from the base weight."""

@@ -1,188 +1,214 @@
-"""How an adapter holds on to a model: forward hooks, a submodule, and frozen parameters. All of it can be taken back."""
+"""How adapters take part in a model: the forward of a module of theirs is one of these, and the root tells when a pass begins.
+
+A module's own ``forward`` is hidden behind an attribute of the module, so that hooks by others, on the module or on all modules,
+see the whole output and nothing else, and what the base computed is seen by nobody before the update is in it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+import inspect
+from collections.abc import Callable, Iterable
+from threading import RLock
+from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from tensorpeft.language.errors import AdapterError
+from tensorpeft.runtime.state import State
+from tensorpeft.runtime.torch_internals import is_traced, remove_forward_hooks
+from tensorpeft.runtime.whole import at_exit
 
-if TYPE_CHECKING:
-    from tensorpeft.runtime.adapter import Adapter
-
-PREFIX = "tensorpeft_"  # of the adapter's name among the model's submodules
-
-
-class SiteHook:
-    """Adds an adapter's updates to the output of one linear module."""
-
-    def __init__(self, adapter: Adapter, path: str) -> None:
-        self.adapter = adapter
-        self.path = path
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
-        if not self.adapter.enabled:
-            return output
-        return self.adapter.update(self.path, module, args[0] if args else next(iter(named.values())), output)
+PREFIX = "tensorpeft_"  # of an adapter's name among the model's submodules
 
 
-class InputHook:
-    """Adds an adapter's updates to the input of one linear module, where they go through its weight."""
+class Update(Protocol):
+    """What one adapter does at one module that it is called by."""
 
-    def __init__(self, adapter: Adapter, path: str) -> None:
-        self.adapter = adapter
-        self.path = path
+    state: State
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        if not self.adapter.enabled:
-            return None
-        if args:
-            return (self.adapter.update_input(self.path, module, args[0]), *args[1:]), named
-        (name, x), *others = named.items()
-        return args, {name: self.adapter.update_input(self.path, module, x), **dict(others)}
+    def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The output y of a module for an input x, or the input that it is to have, with the update; y may be written to."""
 
 
-class PairHook:
-    """Adds an adapter's update to the output of a convolution or an embedding."""
+class Replacement(Protocol):
+    """A weight that one adapter replaces while the forward of a module runs."""
 
-    def __init__(self, adapter: Adapter, path: str) -> None:
-        self.adapter = adapter
-        self.path = path
+    state: State
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> Tensor:
-        if not self.adapter.enabled:
-            return output
-        x = args[0] if args else next(iter(named.values()))
-        return self.adapter.apart.added(self.path, module, x, output)
+    def replace(self, module: nn.Module) -> None: ...
+
+    def restore(self, module: nn.Module) -> None: ...
 
 
-class ReplaceHook:
-    """Replaces weights that the forward of a module reads, before it runs."""
+class ModuleForward:
+    """The forward of one module with the updates of all adapters that have a site there."""
 
-    def __init__(self, adapter: Adapter, paths: list[str]) -> None:
-        self.adapter = adapter
-        self.paths = paths
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.before = module.__dict__.get("forward")  # as another library has put one there
+        self.updates: tuple[Update, ...] = ()  # of the output
+        self.ahead: tuple[Update, ...] = ()  # of the input
+        self.replacements: tuple[Replacement, ...] = ()
+        self._bind()
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if self.adapter.enabled:
-            for path in self.paths:
-                self.adapter.apart.replace(path, module)
-
-
-class RestoreHook:
-    """Takes that back when the forward is over, be it by an error."""
-
-    def __init__(self, adapter: Adapter, paths: list[str]) -> None:
-        self.adapter = adapter
-        self.paths = paths
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        for path in self.paths:
-            self.adapter.apart.restore(path, module)
-
-
-class StartHook:
-    """Tells an adapter that a forward of its model begins."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...]) -> None:
-        self.adapter.forget()
-
-
-class EndHook:
-    """Tells an adapter that a forward of its model is over."""
-
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
-
-    def __call__(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.adapter.drop_runs()
-
-
-class Attachment:
-    """What attaching changed in a model. The model is no submodule of its adapter: it is held here, out of nn.Module's sight."""
-
-    def __init__(self, model: nn.Module, adapter: Adapter) -> None:
-        self.model = model
-        self.adapter = adapter
-        self.handles: list[RemovableHandle] = []
-        self.frozen: list[nn.Parameter] = []
-
-    def install(self, values: Mapping[str, Tensor]) -> None:
-        """Hook every site, add the adapter as a submodule, freeze the base but for what is trained of it.
-
-        ``values`` are what the latter starts from, where it is not what it is. An error on the way takes all of it back.
-        """
+    def _bind(self) -> None:
+        self._turn = RLock()
+        self.base: Callable[..., Any] = self.before or type(self.module).forward.__get__(self.module)
+        self.__wrapped__ = self.base  # whose signature is this one's
         try:
-            self._refuse_shared()
-            self.adapter.extras.attach(self.model, values)
-            modules = dict(self.model.named_modules())
-            for path in dict.fromkeys(site.module for site in self.adapter.sites if site.kind == "linear"):
-                hook = SiteHook(self.adapter, path)
-                self.handles.append(modules[path].register_forward_hook(hook, with_kwargs=True))
-            for path in self.adapter.input_modules:
-                ahead = InputHook(self.adapter, path)
-                self.handles.append(modules[path].register_forward_pre_hook(ahead, with_kwargs=True))
-            for path in self.adapter.apart.called:
-                pair = PairHook(self.adapter, path)
-                self.handles.append(modules[path].register_forward_hook(pair, with_kwargs=True))
-            for path, weights in self.adapter.apart.read.items():
-                replace, restore = ReplaceHook(self.adapter, weights), RestoreHook(self.adapter, weights)
-                self.handles.append(modules[path].register_forward_pre_hook(replace))
-                self.handles.append(modules[path].register_forward_hook(restore, always_call=True))
-            self.handles.append(self.model.register_forward_pre_hook(StartHook(self.adapter)))
-            self.handles.append(self.model.register_forward_hook(EndHook(self.adapter)))
-            self.model.add_module(PREFIX + self.adapter.name, self.adapter)
-            self.tell_who_is_alone()
-            own = {id(p) for adapter in adapters(self.model) for p in adapter.parameters()}
-            self.frozen = [p for p in self.model.parameters() if p.requires_grad and id(p) not in own]
-            for parameter in self.frozen:
-                parameter.requires_grad_(False)
-        except BaseException:
-            self.remove()
-            raise
+            self.input_name = next(iter(inspect.signature(self.base).parameters), "input")
+        except (TypeError, ValueError):
+            self.input_name = "input"
 
-    def tell_who_is_alone(self) -> None:
-        """Let an adapter have what the base computes, if no other one changes that, and the base's modules tell their biases."""
-        found = adapters(self.model)
-        active = [adapter for adapter in found if adapter.enabled or adapter.merged is not None]
-        for adapter in found:
-            modules = (self.model.get_submodule(path) for path in adapter.product_modules)
-            others = [other for other in active if other is not adapter]
-            adapter.set_alone(not others and all(hasattr(module, "bias") for module in modules))
+    def __call__(self, *args: Any, **named: Any) -> Any:
+        module, x = self.module, args[0] if args else named.get(self.input_name)
+        if x.__class__ is Tensor and x.is_nested:
+            _refuse_nested(module)
+        if self.ahead:
+            given = self._changed(module, x)
+            args, named = ((given, *args[1:]), named) if args else (args, {**named, self.input_name: given})
+        y = self._with_weights(args, named) if self.replacements else self.base(*args, **named)
+        for update in self.updates:
+            if update.state.working:
+                y = update(module, x, y)
+        return y
 
-    def _refuse_shared(self) -> None:
-        for other in adapters(self.model):
-            for path in self.adapter.extras.paths:
-                if path in other.extras.paths:
-                    raise AdapterError(f"`{path}` is trained by adapter `{other.name}` already; detach that one first")
+    def _changed(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The input, with what goes through the module's weight added."""
+        changed = x
+        for update in self.ahead:
+            if update.state.working:
+                changed = update(module, x, x.clone() if changed is x else changed)
+        return changed
 
-    def remove(self, *, keep_merged: bool = False) -> None:
-        """Take everything back. What was frozen thaws, unless another adapter is still attached, which then keeps it."""
-        own = list(self.adapter.extras.parameters())
-        self.adapter.extras.detach(keep=keep_merged)
-        own = [parameter for parameter in own if parameter.requires_grad]
-        self.frozen += own
-        for handle in self.handles:
-            handle.remove()
-        self.model._modules.pop(PREFIX + self.adapter.name, None)
-        self.tell_who_is_alone()
-        others = [other.attachment for other in adapters(self.model) if other.attachment is not None]
-        if others:
-            others[0].frozen += self.frozen
-            for parameter in own:
-                parameter.requires_grad_(False)
-        else:
-            for parameter in self.frozen:
-                parameter.requires_grad_(True)
+    def _with_weights(self, args: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        """Its own forward, which finds other weights; another thread that runs the module waits until they are restored."""
+        at_work = [each for each in self.replacements if each.state.working]
+
+        def restore() -> None:
+            for each in reversed(at_work):
+                each.restore(self.module)
+
+        if is_traced():  # by what knows neither locks nor interrupts
+            for each in at_work:
+                each.replace(self.module)
+            y = self.base(*args, **named)
+            restore()
+            return y
+        with self._turn, at_exit(restore):
+            for each in at_work:
+                each.replace(self.module)
+            return self.base(*args, **named)
+
+    # Who takes part
+
+    @property
+    def states(self) -> dict[State, None]:
+        """The adapters that do, in the order in which they came."""
+        return dict.fromkeys([each.state for each in (*self.updates, *self.ahead, *self.replacements)])
+
+    def join(self, updates: Iterable[Update], ahead: Iterable[Update], replacements: Iterable[Replacement]) -> None:
+        """Let an adapter take part."""
+        self.updates, self.ahead = (*self.updates, *updates), (*self.ahead, *ahead)
+        self.replacements = (*self.replacements, *replacements)
+        self._bind()
+
+    def leave(self, state: State) -> None:
+        """Let an adapter do so no longer; with the last one the module has its own forward again."""
+        self.updates = tuple([each for each in self.updates if each.state is not state])
+        self.ahead = tuple([each for each in self.ahead if each.state is not state])
+        self.replacements = tuple([each for each in self.replacements if each.state is not state])
+        self._bind()
+        if not self.states and self.module.__dict__.get("forward") is self:
+            if self.before is None:
+                del self.module.__dict__["forward"]
+            else:
+                self.module.__dict__["forward"] = self.before
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: self.__dict__[name] for name in ("module", "before", "updates", "ahead", "replacements")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._bind()
+
+    def of_replica(self, module: nn.Module) -> ModuleForward:
+        """The same for a copy of the module, as DataParallel makes one for each device and each pass."""
+        copy = object.__new__(ModuleForward)
+        copy.__dict__.update(self.__dict__, module=module, before=None)
+        copy._bind()
+        return copy
 
 
-def adapters(model: nn.Module) -> list[Adapter]:
+def forward_of(module: nn.Module) -> ModuleForward:
+    """What stands before a module's own forward; new, and not yet there, if nothing does."""
+    found = module.__dict__.get("forward")
+    return found if isinstance(found, ModuleForward) else ModuleForward(module)
+
+
+def _refuse_nested(module: nn.Module) -> None:
+    raise AdapterError(
+        f"a {type(module).__name__} with a site was given a nested tensor, to which no update can be added; build "
+        "nn.TransformerEncoder with `enable_nested_tensor=False`, or call `torch.backends.mha.set_fastpath_enabled(False)`"
+    )
+
+
+class Mark:
+    """A hook that does nothing, but keeps torch's own layers from a fast path that reads weights past their modules."""
+
+    def __init__(self, state: State) -> None:
+        self.state = state
+
+    def __call__(self, module: nn.Module, args: Any) -> None: ...
+
+
+class Root:
+    """Tells an adapter that a forward pass of its model begins, or that it is over: the only hooks that it sets."""
+
+    def __init__(self, state: State, told: Passes, *, begins: bool) -> None:
+        self.state, self.told, self.begins = state, told, begins
+
+    def __call__(self, model: nn.Module, *_: Any) -> None:
+        if not self.begins:
+            self.told.end()
+            return
+        if model is not self.state.model and getattr(model, "_is_replica", False):
+            _bind_replica(model)
+        self.told.begin()
+
+
+class Passes(Protocol):
+    """Who is told of passes."""
+
+    def begin(self) -> None: ...
+
+    def end(self) -> None: ...
+
+
+def _bind_replica(model: nn.Module) -> None:
+    """A replica has the attributes of the model: let its modules' forwards be its own."""
+    for module in model.modules():
+        found = module.__dict__.get("forward")
+        if isinstance(found, ModuleForward) and found.module is not module:
+            module.__dict__["forward"] = found.of_replica(module)
+
+
+def set_root_hooks(model: nn.Module, state: State, told: Passes) -> None:
+    """Let an adapter be told of the passes of a model."""
+    model.register_forward_pre_hook(Root(state, told, begins=True))
+    model.register_forward_hook(Root(state, told, begins=False), always_call=True)
+
+
+def remove_root_hooks(model: nn.Module, state: State) -> None:
+    """Let it be told no longer."""
+    remove_forward_hooks(model, lambda hook: isinstance(hook, Root) and hook.state is state)
+
+
+def is_adapter(module: nn.Module) -> bool:
+    """Whether a module is an adapter."""
+    return isinstance(module.__dict__.get("state"), State)
+
+
+def adapters(model: nn.Module) -> list[Any]:
     """The adapters attached to a model, in the order in which they were attached."""
-    children: Iterator[Any] = model.children()
-    return [child for child in children if isinstance(getattr(child, "attachment", None), Attachment)]
+    return [child for child in model.children() if is_adapter(child)]

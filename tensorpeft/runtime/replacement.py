@@ -1,54 +1,53 @@
-"""What an adapter does at sites that are no linear modules. Each of its programs is built when it is first asked for."""
+"""What an adapter does at sites that are no linear modules: convolutions, embeddings, and weights that a forward reads."""
 
 from __future__ import annotations
 
 from collections import defaultdict
-from threading import Lock, get_ident
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from tensorpeft.runtime.base_weight import Held, held
-from tensorpeft.runtime.factor_cache import is_traced
+from tensorpeft.runtime.base_weight import WeightPlace, base_weight, weight_place
+from tensorpeft.runtime.delta_weight import DeltaWeight
 from tensorpeft.runtime.pairs import PairUpdate
-from tensorpeft.runtime.whole_weight import WholeUpdate
+from tensorpeft.runtime.state import State
 
 if TYPE_CHECKING:
-    from tensorpeft.runtime.adapter import Adapter
+    from tensorpeft.runtime.engine import Engine
 
 
-class Apart:
+class Weights:
     """The updates of convolutions, embeddings and parameters."""
 
-    def __init__(self, adapter: Adapter) -> None:
-        self.adapter = adapter
+    def __init__(self, state: State) -> None:
+        self.state = state
         self._pairs = {
-            site.path: PairUpdate(adapter, planned, number)
-            for planned in adapter.plan.groups
+            site.path: PairUpdate(state, planned, number)
+            for planned in state.plan.groups
             for number, site in enumerate(planned.group.sites)
             if site.kind in ("conv", "embedding")
         }
-        paths = {site.path: None for site in adapter.sites if site.kind == "parameter"}
-        self._wholes = {path: WholeUpdate(adapter, path) for path in paths}
-        self._replaced = {path: _Turn() for path in paths}
+        self._wholes = {
+            site.path: DeltaWeight(state.network, site.path) for site in state.network.sites if site.kind == "parameter"
+        }
 
     def place(self, device: torch.device) -> None:
         """Put constants on a device."""
-        updates: list[PairUpdate | WholeUpdate] = [*self._pairs.values(), *self._wholes.values()]
+        updates: list[PairUpdate | DeltaWeight] = [*self._pairs.values(), *self._wholes.values()]
         for index in (index for update in updates for index in update.constants()):
             index.on(device)
 
     @property
-    def called(self) -> tuple[str, ...]:
-        """The modules to whose output an update is added."""
-        return tuple(site.module for site in self.adapter.sites if site.kind in ("conv", "embedding"))
+    def called(self) -> dict[str, str]:
+        """The modules to whose output an update is added, with the paths of their weights."""
+        return {site.module: site.path for site in self.state.network.sites if site.kind in ("conv", "embedding")}
 
     @property
     def read(self) -> dict[str, list[str]]:
         """The modules whose forward reads weights that an update replaces, with the paths of these."""
         found: dict[str, dict[str, None]] = defaultdict(dict)
-        for site in self.adapter.sites:
+        for site in self.state.network.sites:
             if site.kind == "parameter":
                 found[site.module][site.path] = None
         return {module: list(paths) for module, paths in found.items()}
@@ -57,63 +56,57 @@ class Apart:
         """The output y of a convolution or an embedding for its input, with the update added."""
         return self._pairs[path](module, x, y)
 
-    def delta(self, path: str, module: nn.Module | None) -> Tensor:  # shape: (d_out, d_in), or (experts, d_out, d_in)
-        """The update of a whole weight."""
-        if path not in self._wholes:
-            self._wholes[path] = WholeUpdate(self.adapter, path)
-        return self._wholes[path].matrix(module)
+    def delta(self, path: str, module: nn.Module) -> Tensor:  # shape: (d_out, d_in), or (experts, d_out, d_in)
+        """The update of a weight that the forward of a module reads."""
+        state = self.state
+        return self._wholes[path](state.factors.__getitem__, lambda site: base_weight(state, module, site))
 
-    def replace(self, path: str, module: nn.Module) -> None:
-        """Let a module find, in place of a weight, the weight with the update added.
-
-        The weight is hidden, not changed: an attribute of a module's own comes before its parameters. Another thread that runs
-        the module waits until it is restored.
-        """
-        self._replaced[path].take()
-        try:
-            change = self.delta(path, module)
-            weight = held(module, self._wholes[path].site)
-            now: Any = weight.parameter
-            own = weight.module.__dict__
-            own.setdefault(_kept(weight), own.get(weight.name))  # a replica for several devices has its weights here
-            own[weight.name] = now + weight.stored(change).to(now)
-        except BaseException:
-            self.restore(path, module)
-            raise
-
-    def restore(self, path: str, module: nn.Module) -> None:
-        """Let the module find its weight again."""
-        if self._replaced[path].is_mine:
-            weight = held(module, self._wholes[path].site)
-            own = weight.module.__dict__
-            if _kept(weight) in own:  # the first of several adapters that did
-                own[weight.name] = own.pop(_kept(weight))
-                if own[weight.name] is None:
-                    del own[weight.name]
-            self._replaced[path].give()
+    def place_of(self, path: str, module: nn.Module) -> WeightPlace:
+        """Where the weight at a path is, in the module whose forward reads it."""
+        return weight_place(module, self._wholes[path].site)
 
 
-def _kept(weight: Held) -> str:
+class OutputUpdate:
+    """The update at one convolution or embedding."""
+
+    def __init__(self, engine: Engine, path: str) -> None:
+        self.engine, self.state, self.path = engine, engine.state, path
+
+    def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """The output of the module with the update, for an input."""
+        return self.engine.weights.added(self.path, module, x, y)
+
+
+class ReplacedWeight:
+    """A weight that a module finds with the update added, while its forward runs.
+
+    The weight is hidden, not changed: an attribute of a module's own comes before its parameters.
+    """
+
+    def __init__(self, engine: Engine, path: str) -> None:
+        self.engine, self.state, self.path = engine, engine.state, path
+
+    def replace(self, module: nn.Module) -> None:
+        """Hide the weight, or what another adapter has put before it."""
+        weight = self.engine.weights.place_of(self.path, module)
+        change = self.engine.weights.delta(self.path, module)
+        now: Any = weight.parameter
+        own = weight.module.__dict__
+        own.setdefault(_kept(weight), own.get(weight.name))  # a replica for several devices has its weights here
+        own[weight.name] = now + weight.stored(change).to(now)
+
+    def restore(self, module: nn.Module) -> None:
+        """Let the module find its weight again. Doing it again does no harm."""
+        weight = self.engine.weights.place_of(self.path, module)
+        own = weight.module.__dict__
+        if _kept(weight) in own:  # the first of several adapters that did
+            if own[_kept(weight)] is None:
+                own.pop(weight.name, None)
+            else:
+                own[weight.name] = own[_kept(weight)]
+            del own[_kept(weight)]
+
+
+def _kept(weight: WeightPlace) -> str:
     """Where a module keeps what it found before."""
     return f"{weight.name} of the base"
-
-
-class _Turn:
-    """Lets one thread after the other do something; a thread that has the turn may take it again."""
-
-    def __init__(self) -> None:
-        self._lock, self._thread = Lock(), 0
-
-    @property
-    def is_mine(self) -> bool:
-        return is_traced() or self._thread == get_ident()
-
-    def take(self) -> None:
-        if not self.is_mine:
-            self._lock.acquire()
-            self._thread = get_ident()
-
-    def give(self) -> None:
-        if not is_traced():
-            self._thread = 0
-            self._lock.release()

@@ -4,37 +4,38 @@ from __future__ import annotations
 
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tensorpeft import __version__
+from tensorpeft.checkpoint.compatibility import stored_name
 from tensorpeft.checkpoint.files import Saved, check_digest, digest, dtype_name, write
-from tensorpeft.checkpoint.fit import mask_digest, stored_name
 from tensorpeft.checkpoint.header import DTYPES, Header, SavedFactor
 from tensorpeft.language.errors import AdapterError
-from tensorpeft.language.printer import spec_text
 from tensorpeft.model.target import choose, site_rows
 from tensorpeft.network.mask_packing import from_file, indices
 from tensorpeft.network.network import Block, Network
 from tensorpeft.runtime.factors import initial_tensor
+from tensorpeft.runtime.state import State
+from tensorpeft.version import __version__
 
-if TYPE_CHECKING:
-    from tensorpeft.runtime.adapter import Adapter
 
+def save(state: State, folder: str | PathLike[str]) -> Path:
+    """Write an adapter's file. A factor that the spec's seed gives, number for number, is described but not held.
 
-def save(adapter: Adapter, folder: str | PathLike[str]) -> Path:
-    """Write an adapter's file. A factor that the spec's seed gives, number for number, is described but not held."""
-    network = adapter.network
-    tensors = {block.name: _values(adapter, block.name, adapter.factors[block.name]) for block in network.blocks}
-    factors = {block.name: _described(tensors[block.name], block, network.spec.seed) for block in network.blocks}
-    for path in adapter.extras.paths:
-        name, parameter = stored_name(path), adapter.extras[path]
-        tensors[name] = tensor = _values(adapter, name, parameter)
-        factors[name] = SavedFactor(dtype_name(tensor), tuple(tensor.shape), digest(tensor), True, None)
+    Everything is copied first, and checked, digested and written from that copy: another thread may go on training.
+    """
+    network = state.network
+    tensors = {block.name: _values(state, block.name, state.factors[block.name]) for block in network.blocks}
+    for path in (*state.trained.paths, *state.trained.statistics):
+        tensors[stored_name(path)] = _values(state, stored_name(path), state.trained.value(path))
+    blocks = {block.name: block for block in network.blocks}
+    factors = {
+        name: _described(tensor, blocks[name], network.spec.seed) if name in blocks else _of_base(tensor)
+        for name, tensor in tensors.items()
+    }
     header = Header(
-        spec=spec_text(network.spec),
+        spec=str(network.spec),
         model=network.model.name,
         sites=site_rows(choose(network.spec.target, network.model)),
         factors=factors,
@@ -61,20 +62,24 @@ def restored(saved: Saved, network: Network) -> dict[str, Tensor]:
     return values
 
 
-def _values(adapter: Adapter, factor: str, tensor: Tensor) -> Tensor:
+def _values(state: State, factor: str, tensor: Tensor) -> Tensor:
     """The numbers of a tensor, on the CPU, if they are worth a file."""
-    tensor = tensor.detach()
-    name = f"factor `{factor}` of adapter `{adapter.name}`"
+    name = f"factor `{factor}` of adapter `{state.name}`"
     if tensor.is_meta:
         raise AdapterError(f"{name} is on the meta device: it has no values to save")
     if dtype_name(tensor) not in DTYPES:
         raise AdapterError(f"{name} is {dtype_name(tensor)}, expected one of {', '.join(DTYPES)}; nothing was saved")
-    if not tensor.isfinite().all():
+    copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+    if not copy.isfinite().all():
         raise AdapterError(f"{name} has values that are not finite; nothing was saved")
-    return tensor.cpu().contiguous()
+    return copy
+
+
+def _of_base(tensor: Tensor) -> SavedFactor:
+    return SavedFactor(dtype_name(tensor), tuple(tensor.shape), digest(tensor), True, None)
 
 
 def _described(tensor: Tensor, block: Block, seed: int) -> SavedFactor:
     # a change of dtype after attach, or the user's own hand, can make a frozen factor differ from what its seed gives
     stored = not (block.seeded and torch.equal(tensor, initial_tensor(block, seed, tensor.dtype)))
-    return SavedFactor(dtype_name(tensor), tuple(tensor.shape), digest(tensor), stored, mask_digest(block))
+    return SavedFactor(dtype_name(tensor), tuple(tensor.shape), digest(tensor), stored, block.mask_digest)

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any
 
+import torch
 from torch import nn
 
 from tensorpeft.model.shape import Linear, Rows
+from tensorpeft.runtime.hooks import ModuleForward
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -21,10 +23,15 @@ def linears(path: str, module: nn.Module) -> Iterator[Linear]:
         yield _embedding(path, module)
     elif isinstance(module, CONVOLUTIONS):
         if module.groups == 1:
-            kernel = prod(module.kernel_size)
-            yield Linear(path, module.out_channels, module.in_channels * kernel, "conv")
+            sides = module.out_channels, module.in_channels * prod(module.kernel_size)
+            yield Linear(path, *sides, "conv") if is_plain(module) else Linear(path, *sides, "parameter", "weight")
     elif (sides := _sides(module)) and not is_router(module):
-        yield Linear(path, *sides)
+        if is_plain(module) or not _has_numbers(module):
+            yield Linear(path, *sides)
+        elif (
+            "weight" in module._parameters
+        ):  # it does something else with W x, or before it: its weight is replaced then
+            yield Linear(path, *sides, "parameter", "weight", transposed=hasattr(module, "nf"))
     elif not is_norm(module):
         yield from _own(path, module)
 
@@ -52,10 +59,34 @@ def _sides(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module's forward is known to be that of its kind: W x + b, a convolution, a look-up of rows.
+
+    What another library has put in the place of a module's forward is not known, but for accelerate's, which moves tensors.
+    """
+    own = module.__dict__.get("forward")
+    if own is not None and not (isinstance(own, ModuleForward) or hasattr(module, "_hf_hook")):
+        return False
+    if isinstance(own, ModuleForward) and own.before is not None and not hasattr(module, "_hf_hook"):
+        return False
+    forward = type(module).forward
+    return forward in _PLAIN or f"{forward.__module__}.{forward.__qualname__}" in _PLAIN_BY_NAME
+
+
+_PLAIN = {each.forward for each in (nn.Linear, nn.Embedding, *CONVOLUTIONS)}
+_PLAIN_BY_NAME = {"transformers.pytorch_utils.Conv1D.forward"}
+
+
+def _has_numbers(module: nn.Module) -> bool:
+    """Whether its weight is a matrix of plain numbers, and not of the codes of a quantised one."""
+    weight: Any = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+
+
 def _embedding(path: str, module: nn.Embedding) -> Linear:
     """A class of its own may scale the rows, or look others up than it is given: then it reads its weight, to us, by itself."""
     sides = module.embedding_dim, module.num_embeddings
-    if type(module).forward is nn.Embedding.forward:
+    if is_plain(module):
         return Linear(path, *sides, "embedding")
     return Linear(path, *sides, "parameter", "weight", transposed=True)
 

@@ -16,25 +16,27 @@ IsHead = Callable[[str], bool]
 
 
 def parameters(modules: Mapping[str, nn.Module], is_head: IsHead) -> tuple[Parameter, ...]:
-    """Every parameter of some modules by its first path, of the kinds of all modules that share it."""
+    """The parameters of modules, each once: under its first path, with the kinds and the paths of all that share it."""
     paths: dict[int, str] = {}
     counts: dict[str, int] = {}
     kinds: dict[str, set[str]] = {}
+    others: dict[str, list[str]] = {}
     for module_path, module in modules.items():
         for name, parameter in module.named_parameters(recurse=False):
             here = f"{module_path}.{name}".removeprefix(".")
             path = paths.setdefault(id(parameter), here)
             counts[path] = parameter.numel()
+            others.setdefault(path, []).extend([here] * (here != path))
             found = {"norms": is_norm(module), "biases": "bias" in name, "head": is_head(here)}
             kinds.setdefault(path, set()).update(kind for kind, true in found.items() if true)
-    return tuple(Parameter(path, counts[path], frozenset(kinds[path])) for path in counts)
+    return tuple(Parameter(path, counts[path], frozenset(kinds[path]), tuple(others[path])) for path in counts)
 
 
 def head_of(modules: Mapping[str, nn.Module], sites: Iterable[Site], sizes: Mapping[str, int]) -> IsHead:
-    """What is the head of a model.
+    """A test of a parameter's path: whether it belongs to the head of the model.
 
-    It is all that lies outside the body, where a module tells its body (``base_model_prefix``) or lies inside another; else what
-    the family's table gives the model's class; else the linear modules outside the layers that read the model's width.
+    The head is all that lies outside the body, where a module tells its body (``base_model_prefix``) or lies inside another;
+    else what the family's table gives the model's class; else the linear modules outside the layers that read the width.
     """
     path, model = next(((path, module) for path, module in modules.items() if hasattr(module, "config")), ("", None))
     start = f"{path}." if path else ""

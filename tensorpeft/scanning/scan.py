@@ -16,8 +16,7 @@ from tensorpeft.model.naming import has_roles
 from tensorpeft.model.shape import Linear, ModelShape, Site
 from tensorpeft.model.sites import resolve
 from tensorpeft.runtime.adapter import Adapter
-from tensorpeft.scanning.fused import parts
-from tensorpeft.scanning.heads import with_heads
+from tensorpeft.scanning.attention import parts, with_heads
 from tensorpeft.scanning.matrices import linears
 from tensorpeft.scanning.parameters import head_of, parameters
 from tensorpeft.scanning.readers import read_modules
@@ -57,7 +56,7 @@ def scan(model: nn.Module) -> ModelShape:
 
 
 def _refuse(model: object) -> None:
-    """What is no torch model, or none yet, or none any more."""
+    """Refuse what is no torch model, what has no weights yet, and what TorchScript has compiled."""
     if not isinstance(model, nn.Module):
         raise ModelError(f"expected a torch model, found {clip(repr(model))} of type `{type(model).__name__}`")
     if isinstance(model, torch.jit.ScriptModule):
@@ -89,7 +88,7 @@ def _is_read(linear: Linear, modules: Mapping[str, nn.Module], known: Architectu
 
 
 def _architecture(modules: Mapping[str, nn.Module], found: Iterable[Linear]) -> Architecture | None:
-    """What the config of the model says; or those of the outermost modules with a known config.
+    """The layers by the config of the model; or by those of the outermost modules with a known config.
 
     The latter's names stand before the roles where there are several, or other modules that have roles by common names too.
     """

@@ -55,10 +55,10 @@ def ours(model: nn.Module, name: str) -> tuple[float, float]:
     attached = time.process_time()
     codes, regime = adapter._codes, adapter.plan.regime
     for call in codes.main.code.sets:
-        call.program.landings, call.program.whole  # noqa: B018
+        call.program.epilogues, call.program.whole  # noqa: B018
     decoding = codes._code(regime.near(1, gradients=False, number_bytes=2))
     for call in decoding.code.sets:
-        call.program.landings  # noqa: B018
+        call.program.epilogues  # noqa: B018
     return attached - began, time.process_time() - attached
 
 

@@ -98,6 +98,79 @@ def test_a_failing_write_leaves_the_old_file(step: str, tmp_path: Path, monkeypa
     assert adapter.save(tmp_path).read_bytes() != old
 
 
+SAVE_AND_WAIT = """
+import os, sys, time
+from pathlib import Path
+from tests.checkpoint import sample
+adapter = sample.adapter_on(sample.model())
+os.fsync = lambda number: print("writing", flush=True) or time.sleep(600)
+adapter.save(Path(sys.argv[1]))
+"""
+
+
+def saving(folder: Path) -> subprocess.Popen:
+    """A process that has written its draft, and waits before it makes it the file."""
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", SAVE_AND_WAIT, str(folder)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root}, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"writing\n"
+    return process
+
+
+def test_the_next_save_removes_what_a_killed_one_left_and_nothing_of_one_that_lives(tmp_path: Path) -> None:
+    adapter = sample.adapter_on(sample.model())
+    others = {".adapter.safetensors.swp", f".adapter.safetensors.{'x' * 16}", f".other.{'0' * 16}"}
+    for name in others:
+        (tmp_path / name).write_text("of somebody else")
+    process = saving(tmp_path)
+    try:
+        (draft,) = {path.name for path in tmp_path.iterdir()} - others
+        adapter.save(tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {*others, draft, sample.FILE}
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    adapter.save(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*others, sample.FILE}
+
+
+def test_a_draft_that_another_save_took_for_left_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, replace, removed = sample.adapter_on(sample.model()), Path.replace, []
+
+    def late(draft: Path, target: Path) -> Path:
+        if len(removed) < 2:
+            draft.unlink()
+            removed.append(draft)
+        return replace(draft, target)
+
+    monkeypatch.setattr(Path, "replace", late)
+    adapter.save(tmp_path)
+    assert len(removed) == 2
+    assert [path.name for path in tmp_path.iterdir()] == [sample.FILE]
+    sample.parts(tmp_path)
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o600, 0o664])
+def test_a_file_keeps_its_permissions(mode: int, tmp_path: Path) -> None:
+    adapter = sample.adapter_on(sample.model())
+    path = adapter.save(tmp_path)
+    path.chmod(mode)
+    assert adapter.save(tmp_path) == path
+    assert path.stat().st_mode & 0o7777 == mode
+
+
+def test_the_folder_is_on_disk_after_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = []
+    monkeypatch.setattr("os.fsync", lambda number: synced.append(os.path.realpath(f"/proc/self/fd/{number}")))
+    sample.adapter_on(sample.model()).save(tmp_path)
+    draft, folder = map(Path, synced)
+    assert draft.parent == folder == tmp_path
+    assert draft.name.startswith(f".{sample.FILE}.")
+
+
 def test_what_cannot_be_loaded_is_not_saved(tmp_path: Path) -> None:
     adapter = sample.adapter_on(sample.model())
     old = adapter.save(tmp_path).read_bytes()

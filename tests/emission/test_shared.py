@@ -24,8 +24,8 @@ def kinds(spec: str, **settings: object) -> list[SetKind]:
 
 def resized(kind: SetKind, mode: str) -> SetKind:
     """The same, but for one more of a mode."""
-    strands = (replace(s, sizes=tuple((m, n + (m == mode)) for m, n in s.sizes)) for s in kind.strands)
-    return replace(kind, strands=tuple(strands))
+    chains = (replace(s, sizes=tuple((m, n + (m == mode)) for m, n in s.sizes)) for s in kind.chains)
+    return replace(kind, chains=tuple(chains))
 
 
 def test_sites_that_keep_other_numbers_of_rows_share_their_code() -> None:
@@ -33,7 +33,7 @@ def test_sites_that_keep_other_numbers_of_rows_share_their_code() -> None:
     assert first.sizes != second.sizes
     ours, others = program(first), program(second)
     assert ours.forward is others.forward
-    assert ours.landings == others.landings
+    assert ours.epilogues == others.epilogues
     assert ours.whole is others.whole
 
 
@@ -44,6 +44,17 @@ def test_sizes_that_are_in_the_code_keep_it_apart(mode: str, is_in_it: bool) -> 
     ours, others = program(kind), program(resized(kind, mode))
     for one, other in ((ours.forward, others.forward), (ours.whole, others.whole)):
         assert (one is not other) == (one.code.code != other.code.code) == is_in_it
+
+
+def test_emitted_code_prints_every_function() -> None:
+    emitted = emit(front("lora", scan(build("llama"))))
+    shown = str(emitted)
+    assert [line for line in shown.splitlines() if line.startswith("# ")] == [
+        f"# {title}" for title, _ in emitted.listings()
+    ]
+    assert all(text in shown for _, text in emitted.listings())
+    assert [shown.count(f"def {name}(") for name in ("prologue", "forward", "backward")] == [1, 1, 1]
+    assert shown.count("def epilogue(y, ") == 2
 
 
 def test_what_masks_keep_is_not_drawn_where_there_are_no_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,8 @@ BOUND = HEAD + "update: A[p, d_in] * C[layer, p, q] * B[d_out, q]\nfactors: {C: 
     [
         ("{p: 4, q: 3}", "rank={budget: 20k}", {}, ("p", "q")),
         ("{p: 4, q: 3}", "rank.budget=20k", {}, ("p", "q")),
+        ("{p: 4, q: 3}", "rank.budget=20K", {}, ("p", "q")),
+        ("{p: 4, q: 3}", "rank.budget=0.02m", {}, ("p", "q")),
         ("{p: 4, q: p}", "rank={budget: 20k}", {"q": "p"}, ("p",)),
         ("{p: 4, q: d_out}", "rank={budget: 20k}", {"q": "d_out"}, ("p",)),
         ("{p: 4, q: 3}", "rank={budget: 20k, q: 5}", {"q": "5"}, ("p",)),

@@ -14,13 +14,12 @@ import pytest
 
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.loader import load_spec
-from tensorpeft.language.printer import spec_text
 from tensorpeft.language.shipped import method_paths
 from tensorpeft.language.spec import Spec
 
 N_EXAMPLES = 10_000
 SPECS = [path.read_text(encoding="utf-8") for path in method_paths().values()]
-SPECS += [spec_text(load_spec(name)) for name in method_paths()]
+SPECS += [str(load_spec(name)) for name in method_paths()]
 HEAD = "tensorpeft: 1\ntarget: {matrices: [query, value]}\n"
 SPECS += [
     HEAD
@@ -147,10 +146,10 @@ def check(text: str) -> None:
         assert all(problem.span is not None for problem in found.problems)
         assert str(found).encode("utf-8")  # can be printed
     else:
-        canonical = spec_text(found)
+        canonical = str(found)
         again = load_spec(canonical)
         assert again == found
-        assert spec_text(again) == canonical
+        assert str(again) == canonical
 
 
 def mutated(draw: Random) -> str:

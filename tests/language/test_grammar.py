@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tensorpeft.language import grammar
@@ -38,6 +38,7 @@ expressions = st.recursive(numbers | names.map(Name), _larger, max_leaves=8)
 
 
 @given(expressions)
+@example(Operation("**", Number(-0.0), Number(0)))  # the sign of a zero is a sign
 def test_arithmetic_parses_back(expression: Expression) -> None:
     assert grammar.parse_arithmetic(literal(str(expression))) == expression
 

@@ -102,6 +102,34 @@ VALUES = {
 }
 
 
+BROKEN = {  # `$` in a regular expression would pass a line break at the end
+    'name: "lora\\n"': "`name` is the text `lora` with a line break; expected a text of at most 64 letters",
+    'ragged: "slice\\n"': "`ragged` is the text `slice` with a line break; expected ",
+    'heads: {side: "d_in\\n"}': "`heads.side` is the text `d_in` with a line break; expected ",
+    'rank: {budget: "20k\\n"}': "`rank.budget` is the text `20k` with a line break; expected a number of trained numbers",
+    'frozen: ["A\\n"]': "an entry of `frozen` is the text `A` with a line break; expected ",
+    'target: "all-linear\\n"': "`target` is the text `all-linear` with a line break; expected ",
+}
+
+
+@pytest.mark.parametrize(("line", "message"), BROKEN.items())
+def test_a_line_break_at_the_end_belongs_to_a_text(line: str, message: str) -> None:
+    lines = ["tensorpeft: 1", "target: all-linear", "structure: matrix", "rank: 4"]
+    text = "\n".join([*(other for other in lines if other.partition(":")[0] != line.partition(":")[0]), line])
+    with pytest.raises(SpecError) as caught:
+        load_spec(text)
+    (problem,) = caught.value.problems
+    assert problem.message.startswith(message)
+    assert problem.span is not None
+    assert problem.span.position[0] == text.count("\n") + 1
+
+
+def test_the_small_languages_may_be_written_over_several_lines() -> None:
+    text = "tensorpeft: 1\ntarget: all-linear\nrank: 4\nfactors: {B: {init: zeros}}\nupdate: "
+    folded = load_spec(text + '"B[layer, d_out, r]\\n  * A[layer, r, d_in]\\n"')
+    assert folded == load_spec(text + "B[layer, d_out, r] * A[layer, r, d_in]") == load_spec(str(folded))
+
+
 @pytest.mark.parametrize(("key", "value", "message"), [(key, *rest) for key, rest in VALUES.items()])
 def test_an_error_in_a_keyword_is_shown_there(key: str, value: object, message: str) -> None:
     with pytest.raises(SpecError) as caught:

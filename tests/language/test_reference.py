@@ -7,17 +7,16 @@ import re
 
 from tensorpeft.language.functions import ARITY
 from tensorpeft.language.keywords import (
-    BUDGET,
     BUILT_IN_MODES,
     DECOMPOSITIONS,
     INITIALISERS,
-    INPUT,
     MASK_RULES,
     MODEL_SIZES,
     TRAINABLE,
 )
 from tensorpeft.language.loader import load_spec
 from tensorpeft.language.shipped import grammar_path
+from tensorpeft.language.spec import BUDGET, INPUT
 from tensorpeft.language.syntax import CONSTANTS
 
 REFERENCE = grammar_path("README.md").read_text(encoding="utf-8")

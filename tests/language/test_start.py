@@ -13,7 +13,6 @@ from tensorpeft.language.checks.start import dead_factors, nonzero_products
 from tensorpeft.language.grammar import parse_init
 from tensorpeft.language.loader import load_spec
 from tensorpeft.language.nodes import literal
-from tensorpeft.language.printer import spec_text
 from tensorpeft.language.spec import FactorRule, Spec, Target
 from tensorpeft.language.syntax import Call, Name, Product, Reference, Update
 
@@ -202,7 +201,7 @@ def test_subtract_is_written_out(text: str, update: str, inits: dict[str, str]) 
     assert all(rule.frozen for name, rule in spec.factors if str(rule.init).startswith("start"))
     assert spec.start == "zero"
     assert nonzero_products(spec) == []
-    assert load_spec(spec_text(spec)) == spec
+    assert load_spec(str(spec)) == spec
 
 
 def test_copies_of_what_comes_from_the_weight_are_stored() -> None:

@@ -312,3 +312,22 @@ def test_a_file_that_is_hostile(tmp_path, content):
     file.write_bytes(content)
     with pytest.raises(ModelError):
         model_shape(file)
+
+
+def test_a_shape_prints_what_it_has():
+    assert str(model_shape("gpt2")) == (
+        "model gpt2: 124,439,808 parameters of GPT2LMHeadModel, family gpt2\n"
+        "  sizes width=768, layers=12, heads=12, head_dim=64, mlp=3072, vocab=50257, positions=1024\n"
+        "  query 768 x 768: 12 sites like transformer.h.0.attn.c_attn\n"
+        "  key 768 x 768: 12 sites like transformer.h.0.attn.c_attn\n"
+        "  value 768 x 768: 12 sites like transformer.h.0.attn.c_attn\n"
+        "  out 768 x 768: 12 sites like transformer.h.0.attn.c_proj\n"
+        "  fc1 3072 x 768: 12 sites like transformer.h.0.mlp.c_fc\n"
+        "  fc2 768 x 3072: 12 sites like transformer.h.0.mlp.c_proj\n"
+        "  wte 768 x 50257, embedding: 1 site like transformer.wte\n"
+        "  wpe 768 x 1024, embedding: 1 site like transformer.wpe\n"
+        "  lm_head 50257 x 768: 1 site like lm_head\n"
+        "  biases: 102,144 parameters\n"
+        "  head: 38,597,376 parameters\n"
+        "  norms: 38,400 parameters"
+    )

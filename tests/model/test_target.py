@@ -6,13 +6,14 @@ import itertools
 
 import pytest
 
+from tensorpeft.checkpoint.header import Header
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.source import Source, Span
 from tensorpeft.language.spec import Target
 from tensorpeft.model.cards import model_shape
-from tensorpeft.model.shape import Linear, ModelShape
+from tensorpeft.model.shape import Linear, ModelShape, Site
 from tensorpeft.model.sites import resolve
-from tensorpeft.model.target import choose, fingerprint
+from tensorpeft.model.target import choose, site_rows
 
 SMALL = {
     "num_hidden_layers": 3,
@@ -225,6 +226,10 @@ def test_a_matrix_that_some_layers_lack():
     assert keys(["*.q"], shape=HYBRID) == [("query", 1), ("query", 3)]
     assert keys(["layers.1.attn.q"], shape=HYBRID) == [("query", 1)]
     assert len(keys(["all-linear"], shape=HYBRID)) == 6
+
+
+def fingerprint(sites: tuple[Site, ...]) -> str:
+    return Header(spec="", model="", sites=site_rows(sites), factors={}, library="").fingerprint
 
 
 def test_the_fingerprint_is_of_names_and_sides():

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from torch import nn
 
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.loader import load_spec
 from tensorpeft.model.cards import model_shape
 from tensorpeft.model.shape import ModelShape, Parameter
 from tensorpeft.network.lower import lower
+from tensorpeft.scanning.scan import scan
+from tests.models import build
 
 BERT = {
     "model_type": "bert",
@@ -91,3 +96,57 @@ def test_entries_that_mean_nothing_are_told_at_once():
         "<spec>:5:23: `nroms` is no parameter of llama, as far as its config tells; did you mean `norms`?",
         "<spec>:5:30: `embed_tokns` is no parameter of llama, as far as its config tells; did you mean `embed_tokens`?",
     ]
+
+
+# A parameter that is a site's weight
+
+
+def scanned(model: nn.Module, **options) -> str:
+    """What is said of a spec on a live model, without the lines that show its text."""
+    text = "tensorpeft: 1\nstructure: matrix\nrank: 2\n"
+    text += "\n".join(f"{key}: {json.dumps(value)}" for key, value in options.items())
+    with pytest.raises(SpecError) as caught:
+        lower(load_spec(text), scan(model))
+    return "\n".join(line for line in str(caught.value).splitlines() if not line.startswith("    "))
+
+
+def test_a_parameter_is_trained_or_adapted_and_not_both():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+    said = scanned(model, target={"matrices": ["0"]}, train=["0.weight", "2.bias", "*"])
+    end = "which `target` adapts; expected it under `train` or under `target` alone"
+    assert said == (
+        f"<spec>:5:9: `0.weight` trains `0.weight`, the weight of linear of layer 0 (0), {end}\n"
+        f"<spec>:5:31: `*` trains `0.weight`, the weight of linear of layer 0 (0), {end}"
+    )
+
+
+def test_a_part_of_a_fused_weight_counts():
+    model = build("gpt2")
+    said = scanned(model, target={"matrices": ["value"]}, train=["h.1.attn.c_attn.weight"])
+    assert "`h.1.attn.c_attn.weight`, the weight of value of layer 1 (h.1.attn.c_attn), which `target` adapts" in said
+    gpt2 = {"model_type": "gpt2", "n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 100, "n_positions": 64}
+    with pytest.raises(SpecError, match=r"the weight of query of layer 0 \(transformer\.h\.0\.attn\.c_attn\)"):
+        lower(spec("c_attn.weight", matrices="query"), model_shape(gpt2))
+
+
+def test_an_expert_in_a_parameter_counts():
+    model = build("mixtral")
+    said = scanned(model, target={"matrices": ["experts.down"]}, train=["layers.0.mlp.experts.down_proj"])
+    assert "layer 0, expert 0 (model.layers.0.mlp.experts.down_proj), which `target` adapts" in said
+
+
+def test_a_tied_weight_is_the_same_parameter():
+    model = build("llama")
+    assert lower(load_spec("lora", target={"matrices": ["lm_head"]}, train=["embed_tokens"]), scan(model)).extras
+    model.lm_head.weight = model.model.embed_tokens.weight
+    said = scanned(model, target={"matrices": ["lm_head"]}, train=["embed_tokens"])
+    assert "`embed_tokens` trains `model.embed_tokens.weight`, the weight of lm_head of layer 0 (lm_head)" in said
+
+
+def test_a_bias_of_a_site_is_no_weight_of_it():
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6))
+    text = "tensorpeft: 1\nstructure: matrix\nrank: 2\ntarget: {matrices: ['0']}\ntrain: "
+    for entry in ("biases, 2.weight", "0.bias, '*.bias', 2.weight"):
+        found = [extra.path for extra in lower(load_spec(f"{text}[{entry}]"), scan(model)).extras]
+        assert "0.bias" in found
+        assert "2.weight" in found

@@ -71,6 +71,17 @@ def test_the_largest_rank_that_fits(name: str, budget: int) -> None:
     assert n_trained(spec, model) == n_trained(network.spec, model)
 
 
+def test_counts_that_fall_before_they_fit() -> None:
+    """C3A has fewer numbers the larger its blocks: of k = 1, 2, 4, ... the budget holds only what comes last."""
+    counts = {k: n_trained(load_spec("c3a", rank=k), LLAMA) for k in (1, 2, 16, 32)}
+    assert counts[1] == 2 * counts[2] == 32 * counts[32]
+    budget = counts[32] + 1
+    assert counts[16] > budget
+    network = lower(free("c3a", budget), LLAMA)
+    assert dict(network.spec.ranks)["k"] == Number(32)
+    assert n_trained(network.spec, LLAMA) == counts[32]
+
+
 def test_one_bond_of_several() -> None:
     network = lower(free("moslora", 20_000, "s"), LLAMA)
     assert dict(network.spec.ranks)["r"] == load_spec("moslora").ranks[0][1]

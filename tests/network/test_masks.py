@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from tensorpeft.language.errors import SpecError
+from tensorpeft.language.errors import InternalError, SpecError
+from tensorpeft.language.keywords import MASK_RULES
 from tensorpeft.language.loader import load_spec
 from tensorpeft.language.spec import MaskRule
+from tensorpeft.language.syntax import Call, Name, Number
 from tensorpeft.model.cards import model_shape
 from tensorpeft.model.shape import Key, Site
 from tensorpeft.network.masks import kept_indices, masks_at
@@ -361,3 +364,34 @@ def test_scores_that_cannot_be_used(name: str, tmp_path: Path) -> None:
     (problem,) = caught.value.problems
     assert problem.message.startswith(message)
     assert problem.span is not None
+
+
+@pytest.mark.parametrize("name", MASK_RULES)
+def test_every_rule_of_the_language_keeps_something(name: str) -> None:
+    argument = Name("d_out") if name == "where" else Number(0.5)
+    known = replace(rule("keep(1)"), rule=Call(name, (argument,)))
+    (mask,) = masks_at([(known, (0,))], Site("model", "query", 0, 32, 32))
+    kept = kept_indices(mask, ("query", 0), (32,), 0, scores=np.arange(32.0), sizes={})
+    assert 0 < len(kept) < 32
+
+
+def test_a_rule_that_is_unknown_here_keeps_nothing() -> None:
+    known = replace(rule("keep(1)"), rule=Call("block", (Number(4),)))
+    with pytest.raises(InternalError, match=r"`block\(4\)` of `B` is a mask rule that keeps nothing"):
+        kept_of(known, ("query", 0), 32, 0)
+
+
+def test_keeping_over_half_of_the_entries_leaves_out_what_as_many_fewer_would_keep() -> None:
+    """Entries are drawn until there are enough; above half, those that are left out are drawn instead."""
+    grid = (12, 10)
+    for count in (61, 90, 119):
+        kept, left = (entries_of(rule(f"keep({n})", "B[d_out, r]"), grid) for n in (count, 120 - count))
+        assert len(kept) == count
+        assert sorted([*kept, *left]) == list(range(120))
+    assert len(entries_of(rule("keep(60)", "B[d_out, r]"), grid)) == 60
+    assert entries_of(rule("keep(120)", "B[d_out, r]"), grid).tolist() == list(range(120))
+
+
+def entries_of(rule: MaskRule, grid: tuple[int, int]) -> np.ndarray:
+    (mask,) = masks_at([(rule, (0, 1))], Site("model", "query", 0, *grid))
+    return kept_indices(mask, ("query", 0), grid, 0)

@@ -9,8 +9,8 @@ import pytest
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.loader import load_spec
 from tensorpeft.model.cards import model_shape
-from tensorpeft.network.mode_sizes import Layout, balanced, layout
-from tensorpeft.network.site_classes import kinds
+from tensorpeft.network.mode_sizes import ModeLayout, balanced, layout
+from tensorpeft.network.site_classes import site_classes
 from tensorpeft.pipeline import front
 
 LLAMA = model_shape(
@@ -26,10 +26,10 @@ LLAMA = model_shape(
 )
 
 
-def layout_of(text: str, matrix: str = "query") -> Layout:
+def layout_of(text: str, matrix: str = "query") -> ModeLayout:
     spec = load_spec(f"tensorpeft: 1\ntarget: {{matrices: [{matrix}]}}\n{text}")
     site = next(site for site in LLAMA.sites if site.matrix == matrix)
-    return layout(spec, LLAMA, kinds(spec, [site])[0][1])
+    return layout(spec, LLAMA, site_classes(spec, [site])[0][1])
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_heads(extra: str, matrix: str, expected: tuple[int, int, int], split: s
 
 def test_a_mode_is_split_only_where_another_lies_partly_within_it() -> None:
     parts = {"b": ("c", "e"), "s": ("c", "r"), "t": ("r", "q")}
-    found = Layout(LLAMA.sites[0], {}, parts, {"d_out": [("a", "b"), ("x", "y")]}, 1.0, {})
+    found = ModeLayout(LLAMA.sites[0], {}, parts, {"d_out": [("a", "b"), ("x", "y")]}, 1.0, {})
     assert found.atoms(["d_out", "r"])["d_out"] == ("d_out",)
     assert found.atoms(["a", "b"])["d_out"] == ("a", "b")
     assert found.atoms(["a", "e"])["d_out"] == ("a", "c", "e")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from tensorpeft.language.errors import SpecError
+from tensorpeft.language.errors import InternalError, SpecError
+from tensorpeft.language.keywords import INITIALISERS
+from tensorpeft.language.syntax import Call, Name, Number
 from tensorpeft.model.cards import model_shape
 from tensorpeft.network.initialisers import initial_values
 from tensorpeft.network.network import Block, Key, Network
@@ -272,3 +276,25 @@ def test_a_copy_starts_from_the_numbers_of_another() -> None:
             assert blocks[f"{name}0"].seeded
     shown = str(network_of(text, "{matrices: [query]}"))
     assert "start(B), seeded" in shown
+
+
+ARGUMENTS = {"constant": Number(0.5), "uniform": Number(0.5), "normal": Number(0.5), "formula": Name("d_in")}
+
+
+def test_every_initialiser_of_the_language_has_numbers_of_its_own() -> None:
+    """But for `start`: a block has the initialiser of the factor that it starts from."""
+    block = network_of(PAIR.format("normal(1)")).blocks[-1]
+    drawn = {}
+    for name in INITIALISERS.keys() - {"start"}:
+        init = Call(name, (ARGUMENTS[name],) if name in ARGUMENTS else ())
+        numbers = values(replace(block, init=init))["query", 0]
+        assert numbers.shape == (16, 64)
+        assert np.isfinite(numbers).all()
+        drawn[name] = numbers.tobytes()
+    assert len(set(drawn.values())) == len(INITIALISERS) - 1
+
+
+def test_an_initialiser_that_is_unknown_here_draws_nothing() -> None:
+    block = network_of(PAIR.format("normal(0.02)")).blocks[-1]
+    with pytest.raises(InternalError, match=r"`truncated_normal\(0.02\)` of `A` is an initialiser that draws nothing"):
+        list(initial_values(replace(block, init=Call("truncated_normal", block.init.args)), 0))

@@ -28,10 +28,12 @@ def plans(name: str) -> str:
         try:
             shape = model_shape(model) if model != MODELS[-1] else scan(build("roberta"))
             spec = without_scores(tp.load_spec(name))
-            texts = [f"# {title}\n{front(spec, shape, regime)}" for title, regime in REGIMES.items()]
+            found = {title: front(spec, shape, regime) for title, regime in REGIMES.items()}
         except tp.SpecError:
             continue
-        return f"{name} on {model}\n\n" + "\n\n".join(texts) + "\n"
+        for each in found.values():
+            each.verify()
+        return f"{name} on {model}\n\n" + "\n\n".join(f"# {title}\n{each}" for title, each in found.items()) + "\n"
     raise AssertionError(f"{name} fits none of {MODELS}")
 
 

@@ -13,8 +13,9 @@ from tensorpeft.model.shape import ModelShape
 from tensorpeft.network.lower import lower
 from tensorpeft.network.network import Network, Term
 from tensorpeft.pipeline import front
-from tensorpeft.planning.plan import Plan, dense_plan, plan
+from tensorpeft.planning.plan import Plan, plan
 from tensorpeft.planning.regime import Regime
+from tensorpeft.planning.weight_sites import dense_chain
 from tensorpeft.scanning.scan import scan
 from tests.structures import CASES, STRUCTURES, model
 
@@ -144,10 +145,10 @@ def test_what_layers_share_is_made_once() -> None:
     assert all(link.prologue_flops <= 2 * 8 * 8 * WIDTH for link in shared)
 
 
-def test_a_dense_plan_has_one_link_for_each_product() -> None:
+def test_dw_itself_is_one_link_of_every_product() -> None:
     network = network_of("lorta and lora", "llama")
     for group in network.groups:
-        chains = dense_plan(group).chains
+        chains = [dense_chain(group, term) for term in group.terms]
         assert [len(chain.links) for chain in chains] == [1, 1]
         for chain, term in zip(chains, group.terms, strict=True):
             assert chain.links[0].modes == (*term.d_in, *term.d_out)
@@ -158,3 +159,12 @@ def test_a_plan_prints_its_links() -> None:
     assert "64 sites like query of layer 0" in text
     assert "64 sites like query of layer 0 (model.layers.0.self_attn.q_proj), 32 times 2 with one input" in text
     assert "token d_in -> token site r  by A (d_in=4096, r=8)" in text
+
+
+def test_a_plan_prints_the_steps_of_a_link() -> None:
+    spec = tp.load_spec(
+        "tensorpeft: 1\ntarget: {matrices: [query]}\nrank: {a: 8, b: 8}\n"
+        "update: B[layer, d_out, b] * C[layer, a, b] * A[layer, a, d_in]\nfactors: {B: {init: zeros}}"
+    )
+    text = str(front(spec, LLAMA, Regime(4096, gradients=False)))
+    assert f"      C[layer, a, b] * A[layer, a, d_in] -> C.A[layer, d_in, b]: {2 * 32 * 8 * 8 * 4096:,}" in text

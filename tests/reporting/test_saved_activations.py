@@ -37,6 +37,12 @@ SPECS = [
 THROUGH = "tensorpeft: 1\ntarget: {matrices: [query]}\nfactors: {v: {init: zeros}}\nupdate: W[d_out, d_in] * v[matrix, layer, %s]"
 
 
+BOTH = (  # at a site that reads its input alone
+    "tensorpeft: 1\ntarget: {matrices: [down]}\nrank: {r: 4}\nfactors: {v: {init: zeros}, B: {init: zeros}}\n"
+    "update: W[d_out, d_in] * v[matrix, layer, d_out] + B[matrix, layer, d_out, r] * A[matrix, layer, r, d_in]"
+)
+
+
 def kept(model: nn.Module, tokens: int) -> int:
     """Numbers in the tensors that autograd keeps of a forward pass, each tensor's memory once."""
     found: dict[int, Tensor] = {}
@@ -63,6 +69,16 @@ def test_autograd_keeps_so_much(name):
     model = build("llama").requires_grad_(False)
     alone = per_token(model)
     spec = tp.load_spec(name, matrices=["query", "value"], train=None)
+    assert_kept(model, spec, alone)
+
+
+def test_autograd_keeps_what_the_base_is_given_and_what_it_gives():
+    model = build("llama").requires_grad_(False)
+    alone = per_token(model)
+    assert_kept(model, tp.load_spec(BOTH), alone)
+
+
+def assert_kept(model, spec, alone):
     regime = Regime()
     told = kept_per_token(front(spec, scan(model), regime))
     adapter = tp.attach(model, spec, regime=regime)  # not for as few tokens as are given here

@@ -17,7 +17,7 @@ from tensorpeft.network.network import Network
 from tensorpeft.pipeline import shape_of
 from tensorpeft.planning.plan import plan
 from tensorpeft.planning.regime import Regime
-from tensorpeft.reporting.steps import Step, step_table, steps
+from tensorpeft.reporting.steps import CountedStep, step_table, steps
 from tests.catalogue_page import fitted, without_scores
 from tests.reporting.test_drawing import SPECS, network
 from tests.structures import STRUCTURES
@@ -67,7 +67,7 @@ def einsum(*tensors: tuple[np.ndarray, tuple[str, ...]], to: tuple[str, ...]) ->
     return np.einsum(f"{inputs}->{output}", *(array for array, _ in tensors), optimize=True)
 
 
-def contracted(done: Iterable[Step], tensors: dict[str, tuple[np.ndarray, tuple[str, ...]]]) -> np.ndarray:
+def contracted(done: Iterable[CountedStep], tensors: dict[str, tuple[np.ndarray, tuple[str, ...]]]) -> np.ndarray:
     """What the steps make of the factors and of x; site modes, of which each is of size 1 here, are left out.
 
     The base has made Wx, of x and W, and makes y of what the steps add to x.

@@ -212,7 +212,7 @@ def block_of(adapter: tp.Adapter, factor: str, key: tuple, sizes: list[int]) -> 
 
 def base_weight(adapter: tp.Adapter, site: Site) -> Tensor:  # shape: (d_out, d_in)
     """The part of its module's weight that a site stands for, from the model itself."""
-    module = adapter.attachment.model.get_submodule(site.module)
+    module = adapter.model.get_submodule(site.module)
     weight = module.weight.T if hasattr(module, "nf") else module.weight
     return weight.detach().to(torch.float64)[torch.from_numpy(site.row_indices())]
 

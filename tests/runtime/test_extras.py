@@ -59,14 +59,16 @@ def test_what_is_trained_is_what_the_spec_says():
     }
     biases = ("query.bias", "value.bias")
     assert thawed == {name for name, _ in model.named_parameters() if "LayerNorm" in name or name.endswith(biases)}
-    assert sum(p.numel() for p in adapter.extras.parameters()) == sum(extra.count for extra in adapter.network.extras)
+    assert sum(p.numel() for p in adapter.trained_base.parameters()) == sum(
+        extra.count for extra in adapter.network.extras
+    )
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == sum(p.numel() for p in adapter.parameters())
 
 
 def test_the_adapter_s_parameters_are_the_model_s_own():
     model = bert()
     adapter = tp.attach(model, spec("norms"))
-    assert adapter.extras["embeddings.LayerNorm.weight"] is model.embeddings.LayerNorm.weight
+    assert adapter.trained_base["embeddings.LayerNorm.weight"] is model.embeddings.LayerNorm.weight
     train(model, adapter)
     assert model.embeddings.LayerNorm.weight.sub(1).abs().min() > 0
 
@@ -77,7 +79,7 @@ def test_gradients_are_those_of_the_base_trained_by_hand():
     twin.embeddings.LayerNorm.weight.requires_grad_(True)
     for each in (model, twin):
         each(input_ids=torch.arange(12).view(2, 6))[0].square().sum().backward()
-    assert torch.equal(adapter.extras["embeddings.LayerNorm.weight"].grad, twin.embeddings.LayerNorm.weight.grad)
+    assert torch.equal(adapter.trained_base["embeddings.LayerNorm.weight"].grad, twin.embeddings.LayerNorm.weight.grad)
 
 
 def test_disabled_and_detach_give_the_base_back():
@@ -120,7 +122,7 @@ def test_what_is_kept_after_a_merge():
     adapter.detach(keep_merged=True)
     assert (run(model) - trained).abs().max() < 1e-9
     with torch.no_grad():
-        adapter.extras["embeddings.LayerNorm.weight"].zero_()  # its own by now
+        adapter.trained_base["embeddings.LayerNorm.weight"].zero_()  # its own by now
     assert (run(model) - trained).abs().max() < 1e-9
 
 
@@ -196,7 +198,7 @@ def test_a_copy_has_parameters_of_its_own(copied):
     output = run(model)
     twin = copied(model)
     theirs = twin.tensorpeft_mine
-    assert theirs.extras["embeddings.LayerNorm.weight"] is twin.embeddings.LayerNorm.weight
+    assert theirs.trained_base["embeddings.LayerNorm.weight"] is twin.embeddings.LayerNorm.weight
     train(twin, theirs)
     theirs.detach()
     assert torch.equal(run(model), output)

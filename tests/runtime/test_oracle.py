@@ -118,15 +118,15 @@ def named_factors(adapter: tp.Adapter) -> dict[str, Tensor]:
 
 def named_extras(adapter: tp.Adapter) -> dict[str, Tensor]:
     """What is trained of the model itself, by its paths there."""
-    return {path: adapter.extras[path] for path in adapter.extras.paths}
+    return {path: adapter.trained_base[path] for path in adapter.trained_base.paths}
 
 
 @torch.no_grad()
 def with_extras(adapter: tp.Adapter, model: nn.Module) -> dict[str, Tensor]:
     """What an adapter trains of its model, put into another model of its kind, whose parameters are returned."""
-    theirs = {path: model.get_parameter(path).requires_grad_() for path in adapter.extras.paths}
+    theirs = {path: model.get_parameter(path).requires_grad_() for path in adapter.trained_base.paths}
     for path, parameter in theirs.items():
-        parameter.copy_(adapter.extras[path])
+        parameter.copy_(adapter.trained_base[path])
     return theirs
 
 

@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping, Set
 from tensorpeft.language import names
 from tensorpeft.language.checks.calls import alternatives, arithmetic, constant, size
 from tensorpeft.language.errors import Problem
-from tensorpeft.language.nodes import Table
+from tensorpeft.language.nodes import MappingNode
 from tensorpeft.language.spec import Spec
 
 MAX_RANK = 1 << 20
 MAX_SIZE = 1 << 31
 
 
-def rank_expressions(spec: Spec, table: Table) -> Iterator[Problem]:
+def rank_expressions(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """Ranks speak of sizes and of each other, never in a circle; a constant one is a whole number in range."""
     ranks, needs = dict(spec.ranks), _needs(spec)
     for rank in dict.fromkeys(ranks.values()):
@@ -25,7 +25,7 @@ def rank_expressions(spec: Spec, table: Table) -> Iterator[Problem]:
         yield Problem(f"the rank of `{circle}` is `{ranks[circle]}`, which depends on itself", ranks[circle].span)
 
 
-def part_sizes(spec: Spec, table: Table) -> Iterator[Problem]:
+def part_sizes(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """The sizes of the parts of a side speak of ranks, of the model's sizes, and of parts of other modes."""
     needs = _needs(spec)
     for definition in spec.modes:
@@ -39,7 +39,7 @@ def part_sizes(spec: Spec, table: Table) -> Iterator[Problem]:
 
 
 def _needs(spec: Spec) -> dict[str, set[str]]:
-    """What the size of each bond and of each part is worked out from: of a part from all that is said of its fellows too."""
+    """For each bond and part, the names that its size depends on; a part depends on the sizes of its fellows too."""
     needs = {bond: {*rank.names} for bond, rank in spec.ranks}
     for definition in spec.modes:
         said = {name for part in definition.parts if part.size is not None for name in part.size.names}
@@ -60,7 +60,7 @@ def _reached(size: str, needs: Mapping[str, Set[str]]) -> set[str]:
     return reached
 
 
-def scale(spec: Spec, table: Table) -> Iterator[Problem]:
+def scale(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """The scale speaks of ``alpha``, ranks and sizes, and is not zero."""
     if "alpha" in spec.scale.names and spec.alpha is None:
         yield Problem(f"`scale` is `{spec.scale}`, and `alpha` is missing; expected a key `alpha`", spec.scale.span)
@@ -76,7 +76,7 @@ def scale(spec: Spec, table: Table) -> Iterator[Problem]:
                 yield error or Problem(zero, value.span)
 
 
-def used_alpha(spec: Spec, table: Table) -> Iterator[Problem]:
+def used_alpha(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """An ``alpha`` has an effect."""
     if spec.alpha is not None and "alpha" not in spec.scale.names:
         message = f"`alpha` has no effect, since `scale` is `{spec.scale}`"

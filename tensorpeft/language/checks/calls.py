@@ -11,7 +11,7 @@ from tensorpeft.language.syntax import CONSTANTS, Call, Choice, Expression, Name
 
 
 def alternatives(expression: Expression) -> tuple[Expression, ...]:
-    """What an expression can be: itself, or what it is for each choice of sites."""
+    """The expression itself, or that of each entry where it differs from site to site."""
     return tuple(value for _, value in expression.entries) if isinstance(expression, Choice) else (expression,)
 
 

@@ -9,7 +9,7 @@ from tensorpeft.language.checks.calls import arithmetic, constant, signature, un
 from tensorpeft.language.checks.start import dead_factors, nonzero_products, origin
 from tensorpeft.language.errors import Problem, did_you_mean, listing
 from tensorpeft.language.keywords import DECOMPOSITIONS, INITIALISERS, LAYER
-from tensorpeft.language.nodes import Table
+from tensorpeft.language.nodes import MappingNode
 from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Call, Expression, Name, Product, Spectral
 
@@ -21,7 +21,7 @@ _SIDE_OF = {
 }  # what each part of a decomposition carries, beside the bond
 
 
-def initialisers(spec: Spec, table: Table) -> Iterator[Problem]:
+def initialisers(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """Every initialiser is known, and is given what it takes."""
     modes = names.first_modes(spec)
     for name, rule in spec.factors:
@@ -132,7 +132,7 @@ def _spectral(spec: Spec, name: str, modes: tuple[str, ...], init: Spectral) -> 
         yield Problem(f"{message}; expected `{name}[matrix, layer, ...]`", init.span)
 
 
-def stored_factors(spec: Spec, table: Table) -> Iterator[Problem]:
+def stored_factors(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """Only a frozen factor is stored by choice, and only a trained one has a learning rate."""
     for name, rule in spec.factors:
         if rule.stored and not rule.frozen:
@@ -143,7 +143,7 @@ def stored_factors(spec: Spec, table: Table) -> Iterator[Problem]:
             yield Problem(message, table.table("factors").place(name, "lr"))
 
 
-def magnitudes(spec: Spec, table: Table) -> Iterator[Problem]:
+def magnitudes(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A factor over a norm is trained and whole, has a norm for each site, along one side, and starts from it."""
     carried = names.first_modes(spec)
     for name, rule in spec.factors:
@@ -163,13 +163,13 @@ def magnitudes(spec: Spec, table: Table) -> Iterator[Problem]:
             yield Problem(f"{message}; expected no `{unfit[0]}`", rule.span)
 
 
-def trained(spec: Spec, table: Table) -> Iterator[Problem]:
+def trained(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """Something is trained."""
     if spec.factors and all(rule.frozen for _, rule in spec.factors) and not spec.train:
         yield Problem("every factor is frozen, so nothing is trained; expected a factor that is not", spec.update.span)
 
 
-def start(spec: Spec, table: Table) -> Iterator[Problem]:
+def start(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """Zero at the start with every factor able to move, or a declared start that is not zero."""
     dead, moving = dead_factors(spec), {*nonzero_products(spec)}
     for product in spec.update.products:

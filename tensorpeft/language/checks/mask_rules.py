@@ -8,13 +8,13 @@ from tensorpeft.language import names
 from tensorpeft.language.checks.calls import arithmetic, constant, signature, unknown
 from tensorpeft.language.errors import Problem, did_you_mean, listing
 from tensorpeft.language.keywords import MASK_RULES, SCORED, Signature
-from tensorpeft.language.nodes import Table
+from tensorpeft.language.nodes import MappingNode
 from tensorpeft.language.source import Span
 from tensorpeft.language.spec import BASE_WEIGHT, MaskRule, Spec
 from tensorpeft.language.syntax import Call
 
 
-def masks(spec: Spec, table: Table) -> Iterator[Problem]:
+def masks(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A mask is on modes that its factor carries, and its rule is given what it takes."""
     modes = names.first_modes(spec)
     seen: dict[tuple[str, frozenset[str]], Span | None] = {}
@@ -33,7 +33,7 @@ def masks(spec: Spec, table: Table) -> Iterator[Problem]:
             yield Problem(f"{message}; expected a key `scores` with their file", mask.rule.span)
 
 
-def scores(spec: Spec, table: Table) -> Iterator[Problem]:
+def scores(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A file of scores is read by a rule."""
     if spec.scores is not None and not any(mask.rule.name in SCORED for mask in spec.masks):
         message = f"`scores` is given, but no mask goes by them; expected one of the rules {listing(SCORED)}"

@@ -6,17 +6,18 @@ from collections.abc import Iterator, Mapping, Set
 
 from tensorpeft.language import names
 from tensorpeft.language.errors import Problem, did_you_mean, listing
-from tensorpeft.language.keywords import BUDGET, BUILT_IN_MODES, TASK_MODE
-from tensorpeft.language.nodes import Table
-from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, Spec
+from tensorpeft.language.keywords import BUILT_IN_MODES, TASK_MODE
+from tensorpeft.language.modes import inside
+from tensorpeft.language.nodes import MappingNode
+from tensorpeft.language.spec import BASE_WEIGHT, BUDGET, SIDES, SITE_MODES, Spec
 from tensorpeft.language.syntax import CONSTANTS, Definition, Part, Reference
 
 
-def definitions(spec: Spec, table: Table) -> Iterator[Problem]:
+def definitions(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A side, or a part of it, is split into new modes; a new mode fuses modes that are known."""
     bonds, parts = set(names.bonds(spec)), names.side_parts(spec.modes)
     carried = (mode for reference in names.references(spec) for mode in reference.modes)
-    used = names.inside([d for d in spec.modes if d.name not in (*SIDES, *parts)], carried)
+    used = inside([d for d in spec.modes if d.name not in (*SIDES, *parts)], carried)
     seen, owners = set[str](), dict[str, str]()
     for definition in spec.modes:
         name, splits = definition.name, definition.name in (*SIDES, *parts)
@@ -32,7 +33,7 @@ def definitions(spec: Spec, table: Table) -> Iterator[Problem]:
                 yield Problem(message, part.span)
             if splits:
                 owners.setdefault(part.name, name)
-        within = names.inside(spec.modes, (part.name for part in definition.parts)) if splits else {name}
+        within = inside(spec.modes, (part.name for part in definition.parts)) if splits else {name}
         if not used & within:
             yield Problem(f"`{definition}` is defined, but no factor carries it", definition.span)
 
@@ -63,7 +64,7 @@ def _not_fused(spec: Spec, definition: Definition, part: Part, fusible: Set[str]
     """Why a mode cannot be fused with others."""
     name = part.name
     defined = {d.name for d in spec.modes} - {*SIDES}
-    if name in defined and name not in fusible and definition.name in names.inside(spec.modes, (name,)):
+    if name in defined and name not in fusible and definition.name in inside(spec.modes, (name,)):
         return f"`{definition.name}` would be a part of itself"
     known = {*BUILT_IN_MODES, *fusible, *defined}
     if name not in known:
@@ -75,7 +76,7 @@ def _not_fused(spec: Spec, definition: Definition, part: Part, fusible: Set[str]
     return None
 
 
-def references(spec: Spec, table: Table) -> Iterator[Problem]:
+def references(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A factor carries a mode once; every mention of it has as many modes, and names those that are bound alike."""
     first: dict[str, Reference] = {}
     for reference in names.references(spec):
@@ -98,7 +99,7 @@ def _is_weight(spec: Spec, reference: Reference) -> bool:
 
 
 def _unlike(spec: Spec, known: Reference, reference: Reference) -> str | None:
-    """What a mention lacks to be of the same factor as the first."""
+    """What was expected of a mention that cannot be of the same factor as the first; None if it can."""
     if len(known.modes) != len(reference.modes):
         return "the same number of modes"
     for one, other in zip(known.modes, reference.modes, strict=True):
@@ -107,7 +108,7 @@ def _unlike(spec: Spec, known: Reference, reference: Reference) -> str | None:
     return None
 
 
-def known_modes(spec: Spec, table: Table) -> Iterator[Problem]:
+def known_modes(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """Every mode is built in, defined, or a bond with a size."""
     known, told = names.known_modes(spec), set()
     for reference in names.references(spec):
@@ -122,7 +123,7 @@ def known_modes(spec: Spec, table: Table) -> Iterator[Problem]:
                 yield Problem(f"unknown mode `{mode}` of `{reference.factor}`{hint}", reference.span)
 
 
-def used_bonds(spec: Spec, table: Table) -> Iterator[Problem]:
+def used_bonds(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A size is given to bonds only, and only to those that a factor carries or other arithmetic speaks of."""
     carried, spoken, parts = (
         names.carried(spec),
@@ -141,7 +142,7 @@ def used_bonds(spec: Spec, table: Table) -> Iterator[Problem]:
             yield Problem(f"`{bond}` is given a size, but no factor carries it{hint}", span)
 
 
-def ragged(spec: Spec, table: Table) -> Iterator[Problem]:
+def ragged(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A policy is for a mode that a factor carries, and that can differ from matrix to matrix."""
     modes = names.carried(spec)
     free = sorted(mode for mode in modes if not names.is_bound(spec, mode))

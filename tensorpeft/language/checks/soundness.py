@@ -15,11 +15,11 @@ from tensorpeft.language.checks import mode_definitions as modes
 from tensorpeft.language.checks import training, update
 from tensorpeft.language.diagnostics import Findings
 from tensorpeft.language.errors import Problem
-from tensorpeft.language.nodes import Table
+from tensorpeft.language.nodes import MappingNode
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Update
 
-Check = Callable[[Spec, Table], Iterator[Problem]]
+Check = Callable[[Spec, MappingNode], Iterator[Problem]]
 
 # (check, the key its problems belong to, the keys that must be whole for it to mean anything)
 _CHECKS: tuple[tuple[Check, str, tuple[str, ...]], ...] = (
@@ -47,7 +47,7 @@ _CHECKS: tuple[tuple[Check, str, tuple[str, ...]], ...] = (
 _OF_PRODUCTS = (update.contracted_bonds, update.open_sides, update.connected)
 
 
-def check_spec(spec: Spec, table: Table, findings: Findings) -> None:
+def check_spec(spec: Spec, table: MappingNode, findings: Findings) -> None:
     """Add what is wrong with a spec that could be read; what depends on a spoiled key is not judged."""
     for check, key, needed in _CHECKS:
         if not findings.spoiled & {*needed}:

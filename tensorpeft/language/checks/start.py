@@ -1,4 +1,4 @@
-"""How the products of an update begin: which are zero, which cancel, and which factors can ever leave zero."""
+"""The start of an update: products that are zero or cancel, and factors that can never leave zero."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def nonzero_products(spec: Spec) -> list[Product]:
 
 
 class _Starts:
-    """What the first numbers of products are made of."""
+    """A normal form of the first numbers of products: products with equal forms have equal numbers at the start."""
 
     def __init__(self, spec: Spec) -> None:
         inits = {name: rule.init for name, rule in spec.factors}

@@ -7,12 +7,11 @@ from collections.abc import Iterator
 
 from tensorpeft.language import names
 from tensorpeft.language.errors import Problem, did_you_mean, listing
-from tensorpeft.language.keywords import INPUT
-from tensorpeft.language.nodes import Table
-from tensorpeft.language.spec import Spec
+from tensorpeft.language.nodes import MappingNode
+from tensorpeft.language.spec import INPUT, Spec
 
 
-def patterns(spec: Spec, table: Table) -> Iterator[Problem]:
+def patterns(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """The braces of a pattern name the layer or the matrix."""
     for entry in (*spec.target.matrices, *spec.target.exclude):
         bare = re.sub(r"\{(layer|matrix)\}", "", entry)
@@ -21,8 +20,8 @@ def patterns(spec: Spec, table: Table) -> Iterator[Problem]:
             yield Problem(f"`{entry}` has braces around something else; expected `{{layer}}` or `{{matrix}}`", span)
 
 
-def dropout(spec: Spec, table: Table) -> Iterator[Problem]:
-    """What is dropped is the input of the sites, or a bond."""
+def dropout(spec: Spec, table: MappingNode) -> Iterator[Problem]:
+    """`dropout` names the input of the sites, or bonds."""
     carried = names.carried(spec)
     bonds = [bond for bond in names.bonds(spec) if bond in carried]
     for name, _ in spec.dropout:

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from tensorpeft.language import names
 from tensorpeft.language.errors import Problem, clip, did_you_mean, listing
 from tensorpeft.language.keywords import TASK_MODE
-from tensorpeft.language.nodes import Table
+from tensorpeft.language.modes import inside
+from tensorpeft.language.nodes import MappingNode
 from tensorpeft.language.spec import SIDES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Definition, Product, Reference
 
 
-def contracted_bonds(spec: Spec, table: Table) -> Iterator[Problem]:
+def contracted_bonds(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A bond stands in at least two factors of a product."""
     bonds = {*names.bonds(spec)}
     for product in spec.update.products:
@@ -28,7 +29,7 @@ def contracted_bonds(spec: Spec, table: Table) -> Iterator[Problem]:
                     yield Problem(f"{message}{hint}", reference.span)
 
 
-def open_sides(spec: Spec, table: Table) -> Iterator[Problem]:
+def open_sides(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """Every product carries the whole output and the whole input.
 
     ``head`` with ``head_dim`` is one side of a matrix and ``width`` the other; which is which, the model says.
@@ -46,16 +47,16 @@ def open_sides(spec: Spec, table: Table) -> Iterator[Problem]:
 def _several_splits(spec: Spec, carried: set[str]) -> list[Definition]:
     """Of a side that these modes have parts of by several of its definitions, these."""
     others = [definition for definition in spec.modes if definition.name not in SIDES]
-    inside = names.inside(others, carried)
+    within = inside(others, carried)
     for side in SIDES:
-        ways = [d for d in names.splits(spec, side) if inside & names.inside(others, (part.name for part in d.parts))]
+        ways = [d for d in names.splits(spec, side) if within & inside(others, (part.name for part in d.parts))]
         if len(ways) > 1:
             return ways
     return []
 
 
 def _missing(spec: Spec, atoms: Set[str]) -> list[str]:
-    """What these modes lack of the two sides; where a side is split in several ways, of the one that they are nearest to."""
+    """The modes missing for a whole output and input; of a side split in several ways, those of the nearest way."""
     by_heads = atoms & {*STRUCTURAL_MODES} - names.side_parts(spec.modes)
     lacking = [left for side in SIDES if (left := _lack(spec, side, atoms))]
     complete = [modes for modes in ({"head", "head_dim"}, {"width"}) if modes <= by_heads]
@@ -67,12 +68,12 @@ def _missing(spec: Spec, atoms: Set[str]) -> list[str]:
 
 
 def _lack(spec: Spec, side: str, atoms: Set[str]) -> Set[str]:
-    """What these modes lack of a side."""
+    """The modes missing for one whole side."""
     ways = [names.atoms(spec, (part.name for part in split.parts)) for split in names.splits(spec, side)]
     return min((way - atoms for way in ways or [frozenset({side})]), key=len)
 
 
-def connected(spec: Spec, table: Table) -> Iterator[Problem]:
+def connected(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """No group of factors is bound to nothing but itself."""
     bonds = {*names.bonds(spec)}
     for product in spec.update.products:
@@ -83,7 +84,7 @@ def connected(spec: Spec, table: Table) -> Iterator[Problem]:
                 yield Problem(f"{message}; expected a bond that another factor carries", group.references[0].span)
 
 
-def tasks(spec: Spec, table: Table) -> Iterator[Problem]:
+def tasks(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A number of tasks, and a factor that differs between them, come together."""
     carrying = [ref for ref in names.references(spec) if TASK_MODE in names.atoms(spec, ref.modes)]
     if spec.tasks is None and carrying:
@@ -94,21 +95,21 @@ def tasks(spec: Spec, table: Table) -> Iterator[Problem]:
 
 
 @dataclass(frozen=True)
-class _Group:
+class _Component:
     """Factors of a product that hang together, and the modes they carry."""
 
     references: tuple[Reference, ...]
     atoms: frozenset[str]
 
 
-def _groups(spec: Spec, product: Product) -> list[_Group]:
-    groups: list[_Group] = []
+def _groups(spec: Spec, product: Product) -> list[_Component]:
+    groups: list[_Component] = []
     for reference in product.factors:
-        merged = _Group((reference,), names.atoms(spec, reference.modes))
+        merged = _Component((reference,), names.atoms(spec, reference.modes))
         apart = []
         for group in groups:
             if group.atoms & merged.atoms:
-                merged = _Group((*group.references, *merged.references), group.atoms | merged.atoms)
+                merged = _Component((*group.references, *merged.references), group.atoms | merged.atoms)
             else:
                 apart.append(group)
         groups = [*apart, merged]

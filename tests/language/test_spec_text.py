@@ -11,7 +11,6 @@ import pytest
 import yaml
 
 from tensorpeft.language.loader import load_spec
-from tensorpeft.language.printer import spec_text
 from tensorpeft.language.shipped import method_paths
 from tensorpeft.language.spec import Spec
 
@@ -45,17 +44,17 @@ def specs() -> dict[str, Spec]:
 @pytest.mark.parametrize("name", [*method_paths(), *TEXTS])
 def test_expanding_is_idempotent(name: str) -> None:
     spec = specs()[name]
-    text = spec_text(spec)
+    text = str(spec)
     again = load_spec(text)
     assert again == spec
-    assert spec_text(again) == text
+    assert str(again) == text
     assert "structure" not in text
 
 
 @pytest.mark.parametrize("name", [*method_paths(), *TEXTS])
 def test_other_yaml_readers_read_it_too(name: str) -> None:
     spec = specs()[name]
-    plain = yaml.safe_load(spec_text(spec))
+    plain = yaml.safe_load(str(spec))
     update = plain.get("update", {})  # one, one for each choice of sites, or none
     assert (update if isinstance(update, dict) else {"*": update}) == {
         str(at): str(entry) for at, entry in spec.update.entries.items()
@@ -65,9 +64,8 @@ def test_other_yaml_readers_read_it_too(name: str) -> None:
 
 
 def test_the_text_is_the_same_in_another_process() -> None:
-    code = "import sys; from tensorpeft.language import loader as l, printer as p; "
-    code += "print(p.spec_text(l.load_spec(sys.argv[1])), end='')"
+    code = "import sys; from tensorpeft.language.loader import load_spec; print(load_spec(sys.argv[1]), end='')"
     environment = os.environ | {"PYTHONHASHSEED": "7"}
     command = [sys.executable, "-c", code, "vera"]
     run = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
-    assert run.stdout == spec_text(load_spec("vera"))
+    assert run.stdout == str(load_spec("vera"))

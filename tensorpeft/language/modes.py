@@ -1,8 +1,8 @@
-"""Which modes products speak of, by the definitions of their spec."""
+"""The algebra of modes: what a mode comes down to by the definitions of a spec, and which modes products speak of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from tensorpeft.language.spec import SIDES, SITE_MODES
@@ -16,16 +16,40 @@ def parts_of(definitions: Iterable[Definition]) -> Parts:
     return {definition.name: tuple(part.name for part in definition.parts) for definition in definitions}
 
 
+def expand(mode: str, parts: Mapping[str, tuple[str, ...]], whole: Container[str] = ()) -> tuple[str, ...]:
+    """What a mode comes down to, the first the slowest: itself where it has no parts or is to stay whole, else what they do.
+
+    >>> expand("slot", {"slot": ("layer", "pair"), "pair": ("p", "q")})
+    ('layer', 'p', 'q')
+    >>> expand("slot", {"slot": ("layer", "pair"), "pair": ("p", "q")}, whole={"pair"})
+    ('layer', 'pair')
+    """
+    if mode in whole or mode not in parts:
+        return (mode,)
+    return tuple(atom for part in parts[mode] for atom in expand(part, parts, whole))
+
+
+def inside(definitions: Iterable[Definition], modes: Iterable[str]) -> set[str]:
+    """These modes, the parts of those that are defined, the parts of these, and so on; definitions may lead in circles yet."""
+    parts: dict[str, list[str]] = {}
+    for definition in definitions:
+        parts.setdefault(definition.name, []).extend(part.name for part in definition.parts)
+    found: set[str] = set()
+    ahead = [*modes]
+    while ahead:
+        mode = ahead.pop()
+        if mode not in found:
+            found.add(mode)
+            ahead += parts.get(mode, ())
+    return found
+
+
 @lru_cache(maxsize=1024)
 def written_modes(reference: Reference, definitions: tuple[Definition, ...]) -> tuple[str, ...]:
     """The modes of a factor as stored: as written, but a fused mode that holds site modes is its parts."""
     parts = parts_of(definitions)
-
-    def expand(mode: str) -> list[str]:
-        inside = [inner for part in parts.get(mode, ()) for inner in expand(part)]
-        return inside if set(inside).intersection(SITE_MODES) else [mode]
-
-    return tuple(stored for mode in reference.modes for stored in expand(mode))
+    whole = {mode for mode in parts if not {*expand(mode, parts)}.intersection(SITE_MODES)}
+    return tuple(stored for mode in reference.modes for stored in expand(mode, parts, whole))
 
 
 def free_modes(reference: Reference, definitions: tuple[Definition, ...]) -> tuple[str, ...]:
@@ -35,14 +59,7 @@ def free_modes(reference: Reference, definitions: tuple[Definition, ...]) -> tup
 
 def split_modes(definitions: Sequence[Definition]) -> set[str]:
     """The defined modes that split a size which is there: the sides, and their parts that have parts themselves."""
-    found, ahead = set[str](), [*SIDES]
-    while ahead:
-        mode = ahead.pop()
-        inside = [part.name for definition in definitions if definition.name == mode for part in definition.parts]
-        if inside and mode not in found:
-            found.add(mode)
-            ahead += inside
-    return found
+    return {definition.name for definition in definitions} & inside(definitions, SIDES)
 
 
 def used_modes(products: Sequence[Product], definitions: tuple[Definition, ...]) -> set[str]:

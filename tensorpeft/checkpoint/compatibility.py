@@ -3,32 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from hashlib import sha256
 from math import prod
 
 from tensorpeft.checkpoint.header import Header, SiteRow
 from tensorpeft.language.errors import CheckpointError, listing
 from tensorpeft.model.shape import Site
-from tensorpeft.model.target import fingerprint, site_rows
-from tensorpeft.network.network import Block, Network
+from tensorpeft.model.target import site_rows
+from tensorpeft.network.network import Network
 
 
 def stored_name(path: str) -> str:
     """Under which name a file has a parameter of the base: one that no factor can have."""
     return f"base.{path}"
-
-
-def mask_digest(block: Block) -> str | None:
-    """SHA-256 of what masks keep of a block, key by key: the indices of each masked axis, or the entries. None: no mask."""
-    if block.entries is not None:
-        hashed = sha256()
-        for key in block.keys:
-            hashed.update(f"{key}\n".encode() + block.entries[key].positions.astype("<i8").tobytes())
-        return hashed.hexdigest()
-    if block.kept is None:
-        return None
-    places = ((key, axis, kept) for key in block.keys for axis, kept in enumerate(block.kept[key]) if kept is not None)
-    return sha256("\n".join(f"{key} {axis} {kept.tolist()}" for key, axis, kept in places).encode()).hexdigest()
 
 
 def check_sites(header: Header, model: str, sites: tuple[Site, ...]) -> None:
@@ -37,8 +23,9 @@ def check_sites(header: Header, model: str, sites: tuple[Site, ...]) -> None:
     Raises:
         CheckpointError: they differ in number, order or size.
     """
-    if fingerprint(sites) != header.fingerprint:
-        difference = _difference(header.sites, site_rows(sites))
+    here = site_rows(sites)
+    if here != header.sites:
+        difference = _difference(header.sites, here)
         raise CheckpointError(
             f"this {model} does not have the sites of the {header.model} it was saved from: {difference}"
         )
@@ -62,7 +49,7 @@ def check_factors(header: Header, network: Network) -> None:
         saved = header.factors[name]
         if saved.shape != block.shape:
             raise CheckpointError(f"factor `{name}` has shape {saved.shape}, expected {block.shape} for this model")
-        if saved.mask != mask_digest(block):
+        if saved.mask != block.mask_digest:
             raise CheckpointError(f"the mask of factor `{name}` is another than the one it was saved with")
         if not (saved.stored or block.seeded):
             raise CheckpointError(f"it does not hold factor `{name}`, which no seed gives")

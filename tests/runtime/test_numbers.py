@@ -145,7 +145,7 @@ WRITES: tuple[Callable[[nn.Parameter], None], ...] = (scaled, replaced, copied, 
 @pytest.mark.parametrize("gradients", [True, False], ids=["gradients", "none"])
 @pytest.mark.parametrize("update", [LORA, small.IA3, DORA], ids=["lora", "ia3", "dora"])
 def test_a_submodule_sees_factors_that_were_written_to(update, gradients, write):
-    """All of them, or none before ``adapter.forget()`` is called: never some old and some new."""
+    """All of them, or none before ``adapter.refresh()`` is called: never some old and some new."""
     model = nn.Sequential(small.net())
     adapter = move(model, tp.attach(model, spec(update, "0.0")))
     weight = model[0][0].weight
@@ -157,7 +157,7 @@ def test_a_submodule_sees_factors_that_were_written_to(update, gradients, write)
         new = _dense(weight + small.change(adapter, weight), model)
         found = model[0][0](small.x())
         assert close(found, old) or close(found, new)
-        adapter.forget()
+        adapter.refresh()
         assert close(model[0][0](small.x()), new)
         assert close(model(small.x()), model[0](small.x()))
 

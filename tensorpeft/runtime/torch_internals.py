@@ -44,7 +44,7 @@ def apply_of(function: type[Function]) -> Callable[..., Any]:
 
     Where one is at work (``is_traced``), these functions are not used.
     """
-    apply: Callable[..., Any] = super(Function, function).apply
+    apply: Callable[..., Any] = super(Function, function).apply  # type: ignore[misc]
     return apply
 
 

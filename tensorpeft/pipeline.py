@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorpeft.language.document import parse_document
+from tensorpeft.language.errors import CheckpointError, clip
 from tensorpeft.language.loader import compile_table, load_spec
 from tensorpeft.language.source import Source
 from tensorpeft.language.spec import Spec
@@ -106,6 +107,8 @@ def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = No
     from tensorpeft.runtime.saving import restored
     from tensorpeft.scanning.scan import scan
 
+    if not isinstance(folder, (str, PathLike)):
+        raise CheckpointError(f"expected the path of a folder, found {clip(repr(folder))} of type `{type(folder).__name__}`")
     saved, shape = read(Path(folder)), scan(model)
     with blamed_on(saved.path):
         text = Source("its spec", saved.header.spec)  # never looked up as a name or a path

@@ -108,7 +108,9 @@ def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = No
     from tensorpeft.scanning.scan import scan
 
     if not isinstance(folder, (str, PathLike)):
-        raise CheckpointError(f"expected the path of a folder, found {clip(repr(folder))} of type `{type(folder).__name__}`")
+        raise CheckpointError(
+            f"expected the path of a folder, found {clip(repr(folder))} of type `{type(folder).__name__}`"
+        )
     saved, shape = read(Path(folder)), scan(model)
     with blamed_on(saved.path):
         text = Source("its spec", saved.header.spec)  # never looked up as a name or a path

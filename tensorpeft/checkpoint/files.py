@@ -108,7 +108,9 @@ def _opened(path: Path) -> Iterator[safe_open]:
     try:
         is_file, parent_is_file = path.is_file(), path.parent.is_file()
     except (OSError, ValueError) as error:  # a name that is too long, or has a null character
-        raise CheckpointError(f"it cannot be read: {(getattr(error, 'strerror', None) or str(error)).lower()}") from error
+        raise CheckpointError(
+            f"it cannot be read: {(getattr(error, 'strerror', None) or str(error)).lower()}"
+        ) from error
     if parent_is_file:
         raise CheckpointError(f"`{path.parent}` is a file; give the folder that `{FILE}` lies in")
     if not is_file:

@@ -110,7 +110,8 @@ class State:
             self.trained.follow()
         for held in self.held:
             here = held.owner._parameters
-            if held.name in here and here[held.name] is not held.entry.parameter:
+            is_free = held.entry.trainer is None  # else it was looked for already
+            if is_free and held.name in here and here[held.name] is not held.entry.parameter:
                 self._follow(held, here[held.name])
 
     def _follow(self, held: Held, now: nn.Parameter | None) -> None:

@@ -105,9 +105,15 @@ def dtype_name(tensor: Tensor) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    if path.parent.is_file():
+    try:
+        is_file, parent_is_file = path.is_file(), path.parent.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or has a null character
+        raise CheckpointError(
+            f"it cannot be read: {(getattr(error, 'strerror', None) or str(error)).lower()}"
+        ) from error
+    if parent_is_file:
         raise CheckpointError(f"`{path.parent}` is a file; give the folder that `{FILE}` lies in")
-    if not path.is_file():
+    if not is_file:
         raise CheckpointError("there is no such file; `adapter.save(folder)` writes it")
     try:
         with safe_open(path, framework="pt") as file:

@@ -23,8 +23,8 @@ def linears(path: str, module: nn.Module) -> Iterator[Linear]:
         yield _embedding(path, module)
     elif isinstance(module, CONVOLUTIONS):
         if module.groups == 1:
-            sides = module.out_channels, module.in_channels * prod(module.kernel_size)
-            yield Linear(path, *sides, "conv") if is_plain(module) else Linear(path, *sides, "parameter", "weight")
+            matrix = module.out_channels, module.in_channels * prod(module.kernel_size)
+            yield Linear(path, *matrix, "conv") if is_plain(module) else Linear(path, *matrix, "parameter", "weight")
     elif (sides := _sides(module)) and not is_router(module):
         if is_plain(module) or not _has_numbers(module):
             yield Linear(path, *sides)

@@ -12,7 +12,7 @@ from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Number
 from tensorpeft.model.shape import Key, ModelShape, by_stack
 from tensorpeft.model.target import choose
-from tensorpeft.network.checks import check_experts, check_names
+from tensorpeft.network.checks import check_activations, check_experts, check_names
 from tensorpeft.network.mask_packing import FactorMasks, masking
 from tensorpeft.network.mode_sizes import layout
 from tensorpeft.network.scores import Scores
@@ -43,6 +43,7 @@ def n_trained(spec: Spec, model: ModelShape) -> int:
     if not spec.update.products:
         return 0
     check_names(spec, sites)
+    check_activations(spec, sites)
     stacks = tuple(site_classes(spec, members) for members in by_stack(sites).values())
     for placed in stacks:
         check_experts(spec, placed)

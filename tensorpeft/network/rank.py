@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from math import log, prod
 from typing import Any
 
+from tensorpeft.language.keywords import TASK_MODE
 from tensorpeft.network.graph import graph, modes
 from tensorpeft.network.network import Group, Network, Term
 
@@ -42,7 +43,9 @@ def _cut(term: Term, costs: Mapping[Any, int]) -> dict[str | int, int]:
     copy tensor is cut once). A factor of few entries is a sum of as many tensors that have no mode left, so it may be cut at
     their number; other factors cannot be cut. Site modes are fixed at a site and do not count.
     """
-    import networkx as nx  # late: a fifth of a second to import, and counting needs no cut
+    if costs == term.sizes and (mode := _bottleneck(term)):
+        return {mode: costs[mode]}
+    import networkx as nx  # late: a fifth of a second to import
 
     network = graph(term)
     joining = sorted(modes(network, "input", "output", "bond"))
@@ -59,3 +62,25 @@ def _cut(term: Term, costs: Mapping[Any, int]) -> dict[str | int, int]:
     flow.add_edges_from((("out", mode), "output") for mode in term.d_out)
     reachable = nx.minimum_cut(flow, "input", "output")[1][0]
     return {node: costs[node] for node in nodes if ("in", node) in reachable and ("out", node) not in reachable}
+
+
+def _bottleneck(term: Term) -> str | None:
+    """The mode that every way from input to output passes, if one way is wider elsewhere: then it is the only minimum cut."""
+    sizes = {mode: term.sizes[mode] for operand in term.operands for mode in operand.modes if mode != TASK_MODE}
+    if 1 in sizes.values():  # these are cut beside it at no cost
+        return None
+    for mode, size in sizes.items():
+        wider = {other for other in sizes if sizes[other] > size}
+        if _is_joined(term, wider | {mode}) and not _is_joined(term, sizes.keys() - {mode}):
+            return mode
+    return None
+
+
+def _is_joined(term: Term, passing: Set[str]) -> bool:
+    """Whether a way leads from the input to the output over these modes alone."""
+    reached = passing & {*term.d_in}
+    for _ in term.operands:  # each time it comes at least one factor further
+        for operand in term.operands:
+            if not reached.isdisjoint(operand.modes):
+                reached |= passing.intersection(operand.modes)
+    return not reached.isdisjoint(term.d_out)

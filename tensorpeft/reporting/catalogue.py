@@ -13,10 +13,13 @@ from pathlib import Path
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.loader import load_spec
 from tensorpeft.language.shipped import method_paths
+from tensorpeft.language.spec import Spec
 from tensorpeft.model.cards import cards, model_shape
 from tensorpeft.model.shape import ModelShape
+from tensorpeft.model.target import choose
+from tensorpeft.model.trained import extras
+from tensorpeft.network.budget import n_trained
 from tensorpeft.network.lower import lower
-from tensorpeft.reporting.counting import added, trained
 from tensorpeft.reporting.page import Page
 from tensorpeft.reporting.table import Cell, Table
 
@@ -112,8 +115,8 @@ def _method(name: str, path: Path, shape: ModelShape) -> Method:
     spec, (title, what, paper) = load_spec(name), described(path.read_text(encoding="utf-8"))
     count, extra, refused = None, None, None
     try:
-        network = lower(spec, shape)
-        count, extra = trained(network), added(network)
+        beside = extras(spec, shape, choose(spec.target, shape)) if spec.train else ()
+        count, extra = _trained(spec, shape), sum(parameter.count for parameter in beside)
     except SpecError as refusal:
         refused = str(refusal)
     return Method(
@@ -128,6 +131,13 @@ def _method(name: str, path: Path, shape: ModelShape) -> Method:
         extra=extra,
         refused=refused,
     )
+
+
+def _trained(spec: Spec, shape: ModelShape) -> int:
+    """The numbers of trained factors; the network is built only where its masks need the scores of a file."""
+    if spec.scores is None:
+        return n_trained(spec, shape)
+    return sum(block.count for block in lower(spec, shape).blocks if block.trainable)
 
 
 def described(text: str) -> tuple[str, str, Paper]:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from tensorpeft.emission.backward import Backward
 from tensorpeft.emission.forward import SetCode
 from tensorpeft.emission.graph import Function
-from tensorpeft.emission.input_kind import SetKind
+from tensorpeft.emission.lowering import SetKind
 
 Made = TypeVar("Made", SetCode, Function)
 

@@ -136,8 +136,7 @@ def _tensor(file: safe_open, name: str, factor: SavedFactor) -> Tensor:
         raise CheckpointError(f"factor `{name}` has shape {tuple(place.get_shape())}, expected {factor.shape}")
     tensor: Tensor = file.get_tensor(name).clone()  # its own memory, not the file's
     check_digest(tensor, factor, f"factor `{name}` is damaged")
-    bad = int((~tensor.isfinite()).sum())
-    if bad:
+    if bad := int((~tensor.isfinite()).sum()):
         raise CheckpointError(f"factor `{name}` has numbers that are not finite, {bad} of {tensor.numel()}")
     return tensor
 

@@ -17,6 +17,7 @@ from tensorpeft.network.mode_sizes import ModeLayout
 from tensorpeft.network.network import Axis, Block, Group, Operand, Term
 from tensorpeft.network.site_classes import SiteClass
 
+Atoms = Mapping[str, tuple[str, ...]]  # of each mode, and of both sides
 KeptAtoms = dict[str, np.ndarray]  # atom -> the indices that masks leave of it, ascending
 
 
@@ -85,9 +86,7 @@ def _term(context: _GroupContext, storages: Mapping[str, Storage], product: Prod
     return Term(product.sign, operands, left, atoms["d_out"], atoms["d_in"], rows, columns)
 
 
-def _check_atoms(
-    product: Product, factors: Sequence[_Factor], atoms: Mapping[str, tuple[str, ...]], site: Site
-) -> None:
+def _check_atoms(product: Product, factors: Sequence[_Factor], atoms: Atoms, site: Site) -> None:
     """Every factor carries an atom once, and both sides are carried whole."""
     found: set[str] = set()
     for factor in factors:
@@ -112,7 +111,7 @@ def _check_sizes(context: _GroupContext, factor: _Factor) -> None:
             raise fail(message, factor.reference.span)
 
 
-def _kept_atoms(context: _GroupContext, factors: Sequence[_Factor], atoms: Mapping[str, tuple[str, ...]]) -> KeptAtoms:
+def _kept_atoms(context: _GroupContext, factors: Sequence[_Factor], atoms: Atoms) -> KeptAtoms:
     """The indices of each masked mode of a product that all factors with a mask on it keep."""
     kept: KeptAtoms = {}
     for factor in factors:
@@ -134,7 +133,7 @@ def _kept_atoms(context: _GroupContext, factors: Sequence[_Factor], atoms: Mappi
     return kept
 
 
-def _operand(context: _GroupContext, factor: _Factor, atoms: Mapping[str, tuple[str, ...]], kept: KeptAtoms) -> Operand:
+def _operand(context: _GroupContext, factor: _Factor, atoms: Atoms, kept: KeptAtoms) -> Operand:
     storage, sizes, site = factor.storage, context.layout.sizes, context.site
     block = context.base if storage is None else storage.block(site)
     take: list[Sequence[int] | None] = []

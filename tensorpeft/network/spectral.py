@@ -92,19 +92,11 @@ def _unfolding(block: Block, init: Spectral, names: tuple[str, ...], site: Site,
     side = {"U": "d_out", "Q": "d_out", "V": "d_in", "R": "d_in"}.get(init.part)
     atoms = layout.atoms(names)
     within = atoms[side] if side else ()
-    places = {atom: (place,) for place, atom in enumerate(within)}
-    axes: list[tuple[int, ...]] = []
-    for axis, name in enumerate(names):
-        if axis == bond:
-            axes.append((len(within),))
-        else:
-            axes.append(tuple(place for atom in atoms[name] for place in places.get(atom, ())))
-    found = sorted(place for each in axes for place in each)
-    if found != list(range(len(within) + 1)):
-        modes = ", ".join(names)
-        raise fail(
-            f"`{init}` is of {side} and `{init.bond}`, and `{block.factor}` carries {modes} at {site}", init.span
-        )
+    axes = [tuple(within.index(atom) for atom in atoms[name] if atom in within) for name in names]
+    axes[bond] = (len(within),)
+    if sorted(place for each in axes for place in each) != list(range(len(within) + 1)):
+        carried = f"`{block.factor}` carries {', '.join(names)} at {site}"
+        raise fail(f"`{init}` is of {side} and `{init.bond}`, and {carried}", init.span)
     return Unfolding(rank, tuple(layout.sizes[atom] for atom in within), tuple(axes))
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from torch import nn
 
 _ABOUT = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "data", "is_meta", "requires_grad"}  # no numbers
+_SET_UP = ("__init__", "_init", "init", "reset", "tie")  # how names of methods that set a class up begin
 
 
 @cache
@@ -57,11 +58,8 @@ def _mentions(module_class: type) -> Iterator[tuple[str, str, bool]]:
     except (OSError, TypeError, SyntaxError, ValueError):
         return
     for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef) and not function.name.startswith(
-            ("__init__", "_init", "init", "reset", "tie")
-        ):
-            for name, is_read in _of_function(function):
-                yield function.name, name, is_read
+        if isinstance(function, ast.FunctionDef) and not function.name.startswith(_SET_UP):
+            yield from ((function.name, name, is_read) for name, is_read in _of_function(function))
 
 
 def _of_function(function: ast.FunctionDef) -> Iterator[tuple[str, bool]]:

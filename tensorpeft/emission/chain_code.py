@@ -12,9 +12,11 @@ from torch import fx
 from tensorpeft.emission import ops
 from tensorpeft.emission.contraction import Code
 from tensorpeft.emission.graph import ROW, SetGraph
-from tensorpeft.emission.lowering import Argument, Stage
+from tensorpeft.emission.lowering import Stage
 from tensorpeft.emission.named_tensor import Modes, NamedTensor
 from tensorpeft.planning.chain import SITE
+
+Members = dict[int, NamedTensor]  # at some sites of a chain, by their numbers in it
 
 
 @dataclass
@@ -59,6 +61,7 @@ class ChainCode:
         self._tensors: dict[int, NamedTensor] = {}
         self._built: dict[int, list[NamedTensor]] = {}
         self._whole: dict[int, GradientSlot] = {}  # gradients of tensors that are built
+        self._arguments = [argument for stage in self.chain.stages for argument in stage.arguments]
         # of each link: the number of its first argument
         self._first = [*accumulate((len(stage.arguments) for stage in self.chain.stages), initial=0)]
         self.ids = graph.take("ids") if graph.kind.by_task else None  # the task of each row
@@ -78,8 +81,7 @@ class ChainCode:
 
     def _argument(self, number: int) -> NamedTensor:
         """An argument; one that has tasks as the rows of the batch choose from it."""
-        argument = [argument for stage in self.chain.stages for argument in stage.arguments][number]
-        node = self._given(number)
+        argument, node = self._arguments[number], self._given(number)
         if argument.base is not None:
             for axis, cut in enumerate(argument.cut):
                 if cut:
@@ -139,9 +141,7 @@ class ChainCode:
 
     # Backward
 
-    def backward(
-        self, gradients: dict[int, NamedTensor], trace: ChainTrace, into: GradientSlot | None, stop: int = 0
-    ) -> None:
+    def backward(self, gradients: Members, trace: ChainTrace, into: GradientSlot | None, stop: int = 0) -> None:
         """From the gradients of the outputs at some sites to that of what meets link ``stop``, which goes to ``into``."""
         last = len(self.chain.stages) - 1
         slot = into if last == stop else GradientSlot(self.code, trace.inputs[last].modes)
@@ -155,9 +155,7 @@ class ChainCode:
             if slot is not None:
                 slot.add(gradient, tensor)
 
-    def _backward_epilogue(
-        self, gradients: dict[int, NamedTensor], trace: ChainTrace, slot: GradientSlot | None
-    ) -> None:
+    def _backward_epilogue(self, gradients: Members, trace: ChainTrace, slot: GradientSlot | None) -> None:
         """From the gradients of the outputs at the sites, some or all, to that of what the last link meets."""
         last = len(self.chain.stages) - 1
         activation, tensor, alpha = trace.inputs[last], self.tensor(last), self.chain.alpha
@@ -181,13 +179,13 @@ class ChainCode:
         if slot is not None:
             slot.filled = True
         if last in self._whole:
-            self._unbuild(last, self.chain.stages[last], self._whole[last].found)
+            self._unbuild(last)
 
     def _part(self, slot: GradientSlot, number: int) -> GradientSlot:
         part = self.code.member(slot.found, number)
         return GradientSlot(self.code, part.modes, part, slot.filled)
 
-    def _together(self, gradients: dict[int, NamedTensor]) -> NamedTensor:
+    def _together(self, gradients: Members) -> NamedTensor:
         first = next(iter(gradients.values()))
         nodes = [self.code.grouped(gradient, first.axes) for gradient in gradients.values()]
         missing = self.chain.members - len(nodes)
@@ -210,40 +208,30 @@ class ChainCode:
 
     def gradient(self, link: int, a: NamedTensor, b: NamedTensor, alpha: float = 1, member: int | None = None) -> None:
         """Add the product of an activation and a gradient to that of a link's tensor; to that of one site, or whole."""
-        stage = self.chain.stages[link]
-        if not self._trains(link):
-            return
-        if stage.link.at_site:
-            self._gradient_of_built(link, stage, a, b, alpha, member)
-        else:
-            self._deliver(self._first[link], stage.arguments[0], a, b, alpha, member)
+        if self._trains(link):
+            if self.chain.stages[link].link.at_site:
+                self._gradient_of_built(link, a, b, alpha, member)
+            else:
+                self._deliver(self._first[link], a, b, alpha, member)
 
     def _deliver(
-        self,
-        number: int,
-        argument: Argument,
-        a: NamedTensor,
-        b: NamedTensor,
-        alpha: float = 1,
-        member: int | None = None,
+        self, number: int, a: NamedTensor, b: NamedTensor, alpha: float = 1, member: int | None = None
     ) -> None:
         name = f"into{self.graph.kind.arguments[self.number][number]}"
         node = self.graph.take(name)
-        into = NamedTensor(node, argument.axes)
-        into = into if member is None else self.code.member(into, member)
+        axes = self._arguments[number].axes
+        into = NamedTensor(node, axes) if member is None else self.code.member(NamedTensor(node, axes), member)
         if (ROW,) in into.axes:
             found = self.code.grouped(self.code.contract(a, b, into.modes, alpha), into.axes)
             self.code.call("index_add_", into.node, into.axes.index((ROW,)), self.ids, found)
         elif not self.code.add(into, a, b, alpha):
             result = self.code.contract(a, b, into.modes, alpha)
             if into.node is node and name not in self.parts:
-                self.parts[name] = self.code.grouped(result, argument.axes)
+                self.parts[name] = self.code.grouped(result, axes)
             else:
                 self.code.put(into, result)
 
-    def _gradient_of_built(
-        self, link: int, stage: Stage, a: NamedTensor, b: NamedTensor, alpha: float, member: int | None
-    ) -> None:
+    def _gradient_of_built(self, link: int, a: NamedTensor, b: NamedTensor, alpha: float, member: int | None) -> None:
         """Of a tensor that was built; whole, it goes on to its arguments, and else when all sites have brought their share."""
         tensor = self.tensor(link)
         if member is None or SITE not in tensor.modes:
@@ -256,17 +244,19 @@ class ChainCode:
             part = self.code.member(self._whole[link].found, member)
             self.code.accumulate(part, a, b, alpha, keep=False)
         if member is None:
-            self._unbuild(link, stage, self._whole[link].found)
+            self._unbuild(link)
 
-    def _unbuild(self, link: int, stage: Stage, gradient: NamedTensor) -> None:
-        made, n_arguments, pairs = self._built[link], len(stage.arguments), stage.link.pairs
+    def _unbuild(self, link: int) -> None:
+        """Bring the gradient of a tensor that was built to its arguments."""
+        stage, made = self.chain.stages[link], self._built[link]
+        n_arguments, pairs = len(stage.arguments), stage.link.pairs
         wanted = [argument.trainable for argument in stage.arguments]
         wanted += (wanted[one] or wanted[other] for one, other in pairs)  # each asks those before it
-        arrived = {len(made) - 1: gradient}
+        arrived = {len(made) - 1: self._whole[link].found}
         for number in range(len(made) - 1, n_arguments - 1, -1):
             one, other = pairs[number - n_arguments]
             for mine, its in ((one, other), (other, one)):
                 if wanted[mine] and mine < n_arguments:
-                    self._deliver(self._first[link] + mine, stage.arguments[mine], arrived[number], made[its])
+                    self._deliver(self._first[link] + mine, arrived[number], made[its])
                 elif wanted[mine]:
                     arrived[mine] = self.code.contract(arrived[number], made[its], made[mine].modes)

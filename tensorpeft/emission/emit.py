@@ -26,6 +26,8 @@ from tensorpeft.planning.chain import Bundles
 from tensorpeft.planning.plan import Plan
 from tensorpeft.planning.shared_inputs import InputSet
 
+SitePlace = tuple[int, int, Rows | None]  # a site's bundle, its number there, and its rows
+
 
 @dataclass(frozen=True)
 class SetCall:
@@ -98,12 +100,10 @@ def _signature(plan: Plan, each: InputSet) -> object:
     return tuple((bundle.group, len(bundle.sites)) for bundle in each.bundles), _modules(plan, each)[1]
 
 
-def _modules(
-    plan: Plan, each: InputSet
-) -> tuple[dict[str, list[Site]], tuple[tuple[tuple[int, int, Rows | None], ...], ...]]:
+def _modules(plan: Plan, each: InputSet) -> tuple[dict[str, list[Site]], tuple[tuple[SitePlace, ...], ...]]:
     """The modules of a set with their sites; and for each site its bundle, its number there, and its rows."""
     sites: dict[str, list[Site]] = defaultdict(list)
-    sites_of: dict[str, list[tuple[int, int, Rows | None]]] = defaultdict(list)
+    sites_of: dict[str, list[SitePlace]] = defaultdict(list)
     for at, bundle in enumerate(each.bundles):
         for member, number in enumerate(bundle.sites):
             site = plan.groups[bundle.group].group.sites[number]

@@ -35,8 +35,7 @@ class Function:
     @cached_property
     def run(self) -> Callable[..., Any]:
         """The code, to be called."""
-        found: Callable[..., Any] = self.code.forward
-        return found
+        return self.code.forward
 
     @cached_property
     def pick(self) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
@@ -101,6 +100,5 @@ def rows_of(graph: SetGraph, y: NamedTensor, rows: Rows | None) -> NamedTensor |
         return y
     if rows.period != graph.features[y.node]:
         return None
-    return NamedTensor(
-        graph.code.once("narrow", y.node, -1, rows.offset, rows.count), y.axes, frozenset({len(y.axes) - 2})
-    )
+    node = graph.code.once("narrow", y.node, -1, rows.offset, rows.count)
+    return NamedTensor(node, y.axes, frozenset({len(y.axes) - 2}))

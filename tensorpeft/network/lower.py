@@ -23,7 +23,7 @@ from tensorpeft.network.checks import checked_stacks
 from tensorpeft.network.mask_packing import masking
 from tensorpeft.network.mode_sizes import layout
 from tensorpeft.network.network import Block, Group, Network
-from tensorpeft.network.operands import base_weight, group
+from tensorpeft.network.operands import group
 from tensorpeft.network.scores import Scores
 from tensorpeft.network.sharing import Layouts, Placed, first_reference, sharing_of
 from tensorpeft.network.site_classes import SiteClass
@@ -89,9 +89,4 @@ def _groups(spec: Spec, storages: dict[str, Storage], placed: Placed, layouts: L
         blocks = tuple(storage.block(site).name for storage in present[site_class])
         keys = tuple(storage.key(site) for storage in present[site_class] if storage.cuts)
         gathered.setdefault((site_class, blocks, keys, site.kind), (site_class, []))[1].append(site)
-    shapes: dict[tuple[int, int], Block] = {}
-    groups = []
-    for site_class, members in gathered.values():
-        base = shapes.setdefault((members[0].d_out, members[0].d_in), base_weight(members[0]))
-        groups.append(group(spec, storages, site_class, layouts[site_class], tuple(members), base))
-    return tuple(groups)
+    return tuple(group(spec, storages, each, layouts[each], tuple(members)) for each, members in gathered.values())

@@ -170,9 +170,8 @@ def _chosen(places: dict[int, np.ndarray], which: np.ndarray) -> dict[int, np.nd
 def _of_entries(entries: np.ndarray, sizes: FreeSizes, masked: Set[int]) -> KeptIndices:
     """Entries, with what they leave of the axes that are masked by themselves too."""
     places = np.unravel_index(entries, sizes)
-    return KeptIndices(
-        tuple(np.unique(place) if axis in masked else None for axis, place in enumerate(places)), Entries.of(entries)
-    )
+    axes = (np.unique(place) if axis in masked else None for axis, place in enumerate(places))
+    return KeptIndices(tuple(axes), Entries.of(entries))
 
 
 def masking(

@@ -215,9 +215,7 @@ class Term:
         return tuple(dict.fromkeys((*self.d_in, *self.d_out)))
 
     def size(self, modes: Iterable[str]) -> int:
-        return prod(
-            [self.sizes[mode] for mode in modes]
-        )  # a list: compilers of forward passes follow no generator here
+        return prod([self.sizes[mode] for mode in modes])  # a list: compilers of forward passes follow no generator
 
 
 @dataclass(frozen=True)

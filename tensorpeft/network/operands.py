@@ -42,7 +42,6 @@ class _GroupContext:
     site_class: SiteClass
     layout: ModeLayout
     sites: tuple[Site, ...]
-    base: Block
 
     @property
     def site(self) -> Site:
@@ -50,23 +49,18 @@ class _GroupContext:
 
 
 def group(
-    spec: Spec,
-    storages: Mapping[str, Storage],
-    site_class: SiteClass,
-    layout: ModeLayout,
-    sites: tuple[Site, ...],
-    base: Block,
+    spec: Spec, storages: Mapping[str, Storage], site_class: SiteClass, layout: ModeLayout, sites: tuple[Site, ...]
 ) -> Group:
     """The terms of sites at which the same blocks combine in the same way.
 
     Raises:
         SpecError: the modes of a product do not fit each other, or its masks leave nothing.
     """
-    context = _GroupContext(spec, site_class, layout, sites, base)
+    context = _GroupContext(spec, site_class, layout, sites)
     return Group(sites, layout.scale, tuple(_term(context, storages, product) for product in site_class.products))
 
 
-def base_weight(site: Site) -> Block:
+def _base_weight(site: Site) -> Block:
     """The block that tells the shape of the base weight; none of the network's."""
     axes = (Axis("d_out", site.d_out), Axis("d_in", site.d_in))
     return Block(BASE_WEIGHT, BASE_WEIGHT, FactorRule(Call(BASE_WEIGHT), frozen=True), axes, ((),))
@@ -135,7 +129,7 @@ def _kept_atoms(context: _GroupContext, factors: Sequence[_Factor], atoms: Atoms
 
 def _operand(context: _GroupContext, factor: _Factor, atoms: Atoms, kept: KeptAtoms) -> Operand:
     storage, sizes, site = factor.storage, context.layout.sizes, context.site
-    block = context.base if storage is None else storage.block(site)
+    block = _base_weight(site) if storage is None else storage.block(site)
     take: list[Sequence[int] | None] = []
     for position, mode in enumerate(factor.modes):
         used = _flat_indices(atoms[mode], sizes, kept)

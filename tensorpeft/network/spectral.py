@@ -79,11 +79,8 @@ def unfolding(block: Block, sharing: Sharing, users: Mapping[Key, Users], layout
             shared = f"`{block.factor}` is one tensor for {sites[0][0]} and {sites[1][0]}"
             expected = "expected it to carry the modes that tell these apart"
             raise fail(f"`{init}` is another for each weight, and {shared}; {expected}", init.span)
-    folds = {
-        _unfolding(block, init, sharing.names[site_class], site, layouts[site_class])
-        for [(site, site_class)] in users.values()
-    }
-    return folds.pop()
+    alone = [user for [user] in users.values()]
+    return [_unfolding(block, init, sharing.names[each], site, layouts[each]) for site, each in alone][-1]
 
 
 def _unfolding(block: Block, init: Spectral, names: tuple[str, ...], site: Site, layout: ModeLayout) -> Unfolding:

@@ -15,9 +15,8 @@ from tensorpeft.network.network import Term
 from tensorpeft.network.rank import minimum_cut
 
 TOKEN = "<token>"  # no spec can name a mode like this
-Path = tuple[
-    tuple[int, int], ...
-]  # the two tensors of each step: inputs from 0 on, then what the steps before have made
+# the two tensors of each step: inputs from 0 on, then what the steps before have made
+Path = tuple[tuple[int, int], ...]
 Order = tuple[tuple[int, ...], ...]  # which operands form each link, in the order of the links
 _SHORT = 5  # links up to which every way to join neighbours is a candidate
 _FEW, _MANY = 5, 16  # operands up to which the best path is searched exhaustively, or by dynamic programming

@@ -194,22 +194,16 @@ def plan(network: Network, regime: Regime = Regime(), *, alone: bool = True) -> 
 def _plan_group(group: Group, bundles: Bundles, dropped: frozenset[str], regime: Regime, built: Built) -> GroupPlan:
     chains, beforehand = [], 0
     for term in group.terms:
-        chains.append(_cheapest(group, term, bundles, dropped, regime, built))
+        bonds = dropped & {mode for operand in term.operands for mode in operand.modes}
+        found = [chain(group, term, order, regime.tokens, bundles) for order in orders(term, regime.tokens, bonds)]
+        costs = [chain_cost(group, term, each, bundles, regime, built) for each in found]
+        within = _bound(group, term, costs, regime)
+        chains.append(min(zip(found, costs, strict=True), key=lambda pair: (pair[1].flops > within, pair[1].weight))[0])
         for link in chains[-1].links:
             key = prologue_key(term, link)
             beforehand += link.prologue_flops * (key not in built)
             built.add(key)
     return GroupPlan(group, tuple(chains), bundles, beforehand)
-
-
-def _cheapest(
-    group: Group, term: Term, bundles: Bundles, dropped: frozenset[str], regime: Regime, built: Built
-) -> Chain:
-    bonds = dropped & {mode for operand in term.operands for mode in operand.modes}
-    found = [chain(group, term, order, regime.tokens, bundles) for order in orders(term, regime.tokens, bonds)]
-    costs = [chain_cost(group, term, each, bundles, regime, built) for each in found]
-    within = _bound(group, term, costs, regime)
-    return min(zip(found, costs, strict=True), key=lambda pair: (pair[1].flops > within, pair[1].weight))[0]
 
 
 def _bound(group: Group, term: Term, costs: list[Cost], regime: Regime) -> float:

@@ -30,9 +30,7 @@ def linears(path: str, module: nn.Module) -> Iterator[Linear]:
     elif (sides := _sides(module)) and not is_router(module):
         if is_plain(module) or not _has_numbers(module):
             yield Linear(path, *sides)
-        elif (
-            "weight" in module._parameters
-        ):  # it does something else with W x, or before it: its weight is replaced then
+        elif "weight" in module._parameters:  # it does more than W x: its weight is replaced then
             yield Linear(path, *sides, "parameter", "weight", transposed=hasattr(module, "nf"))
     elif not is_norm(module):
         yield from _own(path, module)

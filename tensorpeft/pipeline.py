@@ -1,8 +1,10 @@
 """The compiler on one page.
 
-    YAML text -> Spec -> Network -> Plan -> module -> attached model
+    YAML text -> Spec -> Network -> Plan -> Programs -> Adapter, attached to its model
 
-``front`` is all of it that needs no torch. Each arrow is one function, and each value can be printed.
+``front`` is all of it that needs no torch. Each arrow is one function, each value can be printed, and ``verify`` stands between
+the passes: what it finds is a bug of ours, and no mistake of a spec. To see every value of a spec on a model, and the code of
+each of its sites: ``tensorpeft explain lora --model llama-2-7b``.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tensorpeft.language.document import parse_document
+from tensorpeft.language.errors import CheckpointError, clip
 from tensorpeft.language.loader import compile_table, load_spec
 from tensorpeft.language.source import Source
 from tensorpeft.language.spec import Spec
@@ -19,6 +22,8 @@ from tensorpeft.model.cards import model_shape
 from tensorpeft.model.shape import ModelShape
 from tensorpeft.model.target import choose
 from tensorpeft.network.lower import lower
+from tensorpeft.network.network import Network
+from tensorpeft.network.verify import verify
 from tensorpeft.planning.plan import Plan, plan
 from tensorpeft.planning.regime import Regime
 from tensorpeft.reporting.counting import report_of
@@ -38,7 +43,14 @@ def front(spec: Spec | str | Path, model: ModelShape, regime: Regime = Regime())
     """
     read = spec if isinstance(spec, Spec) else load_spec(spec)  # YAML text -> Spec: parsed, expanded, checked
     network = lower(read, model)  # Spec -> Network: sites, sizes, stored blocks
-    return plan(network, regime)  # Network -> Plan: the order of every contraction
+    return _planned(network, regime)
+
+
+def _planned(network: Network, regime: Regime) -> Plan:
+    verify(network)
+    planned = plan(network, regime)  # Network -> Plan: the steps of every contraction
+    planned.verify()
+    return planned
 
 
 def attach(
@@ -60,10 +72,16 @@ def attach(
         ModelError: the model cannot be read.
         AdapterError: the model already has an adapter of that name.
     """
-    from tensorpeft.runtime.attach import attach_plan
+    from tensorpeft.runtime.attach import attach_programs
+    from tensorpeft.runtime.program_cache import Programs
     from tensorpeft.scanning.scan import scan
 
-    return attach_plan(model, front(spec, scan(model), regime or Regime()), name, adapts=regime is None)
+    shape = scan(model)  # torch model -> ModelShape
+    planned = front(spec, shape, regime or Regime())
+    programs = Programs(
+        planned, adapts=regime is None
+    )  # Plan -> Programs: torch.fx code, for this plan and other lengths
+    return attach_programs(model, programs, name)  # Programs -> Adapter
 
 
 def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = None) -> Adapter:
@@ -84,10 +102,15 @@ def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = No
     """
     from tensorpeft.checkpoint.compatibility import check_factors, check_sites
     from tensorpeft.checkpoint.files import blamed_on, read
-    from tensorpeft.runtime.attach import attach_plan
+    from tensorpeft.runtime.attach import attach_programs
+    from tensorpeft.runtime.program_cache import Programs
     from tensorpeft.runtime.saving import restored
     from tensorpeft.scanning.scan import scan
 
+    if not isinstance(folder, (str, PathLike)):
+        raise CheckpointError(
+            f"expected the path of a folder, found {clip(repr(folder))} of type `{type(folder).__name__}`"
+        )
     saved, shape = read(Path(folder)), scan(model)
     with blamed_on(saved.path):
         text = Source("its spec", saved.header.spec)  # never looked up as a name or a path
@@ -95,7 +118,8 @@ def load(model: nn.Module, folder: str | PathLike[str], *, name: str | None = No
         check_sites(saved.header, shape.name, choose(spec.target, shape))
         network = lower(spec, shape, saved.indices)
         check_factors(saved.header, network)
-        return attach_plan(model, plan(network), name, restored(saved, network))
+        programs = Programs(_planned(network, Regime()), adapts=True)
+        return attach_programs(model, programs, name, restored(saved, network))
 
 
 def report(

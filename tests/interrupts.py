@@ -88,9 +88,9 @@ def _leaves_a_context(frame: FrameType) -> bool:
     """Whether a ``with`` is about to call ``__exit__``: no signal is handled between that and the last call of its body."""
     code, at = frame.f_code.co_code, frame.f_lasti
     names = [dis.opname[code[n]] for n in range(at, min(at + 8, len(code)), 2)]
-    return (
-        names[0] in ("PUSH_EXC_INFO", "WITH_EXCEPT_START") or names[:3] == ["LOAD_CONST"] * 3 and _are_none(frame, at)
-    )
+    if names[:3] == ["LOAD_CONST"] * 3:
+        return _are_none(frame, at)
+    return names[0] in ("PUSH_EXC_INFO", "WITH_EXCEPT_START")
 
 
 def _are_none(frame: FrameType, at: int) -> bool:

@@ -37,7 +37,9 @@ def check_factors(header: Header, network: Network) -> None:
     """
     blocks = {block.name: block for block in network.blocks}
     extras = {stored_name(extra.path): extra for extra in network.extras}
-    if blocks.keys() | extras.keys() != header.factors.keys():
+    owners = {name.rpartition(".")[0] for name in extras}
+    statistics = {name for name in header.factors.keys() - extras.keys() if name.rpartition(".")[0] in owners}
+    if blocks.keys() | extras.keys() != header.factors.keys() - statistics:
         expected = f"expected {listing(sorted((*blocks, *extras)))} for this model"
         raise CheckpointError(f"it has the factors {listing(header.factors)}, {expected}")
     for name, extra in extras.items():

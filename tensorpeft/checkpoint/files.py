@@ -105,18 +105,26 @@ def dtype_name(tensor: Tensor) -> str:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
-    if path.parent.is_file():
+    try:
+        is_file, parent_is_file = path.is_file(), path.parent.is_file()
+    except (OSError, ValueError) as error:  # a name that is too long, or has a null character
+        raise _unreadable(error) from error
+    if parent_is_file:
         raise CheckpointError(f"`{path.parent}` is a file; give the folder that `{FILE}` lies in")
-    if not path.is_file():
+    if not is_file:
         raise CheckpointError("there is no such file; `adapter.save(folder)` writes it")
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except OSError as error:
-        raise CheckpointError(f"it cannot be read: {(error.strerror or str(error)).lower()}") from error
+        raise _unreadable(error) from error
     except SafetensorError as error:
         found = f"found {path.stat().st_size:,} bytes that are no whole safetensors file"
         raise CheckpointError(f"{found}; it is damaged, cut off, or of another kind") from error
+
+
+def _unreadable(error: OSError | ValueError) -> CheckpointError:
+    return CheckpointError(f"it cannot be read: {(getattr(error, 'strerror', None) or str(error)).lower()}")
 
 
 def _check_names(stored: Mapping[str, SavedFactor], found: set[str]) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 from tensorpeft.language.errors import CheckpointError, listing
 
 FORMAT = 1
-DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # torch's name -> safetensors'
+# torch's name -> safetensors'
+DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"}
 _LARGEST = 16 * 2**20  # characters: a mixture of 100,000 experts needs a quarter of it
 
 SiteRow = tuple[str | int, ...]  # matrix, layer, d_out, d_in, and the expert if there are several

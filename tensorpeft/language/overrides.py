@@ -40,7 +40,10 @@ def parse_override(text: str) -> Override:
 
 def from_value(key: str, value: object) -> Override:
     """A keyword argument as an override; its source is named like ``rank=4``."""
-    text = f"{key}={value!r}"
+    try:
+        text = f"{key}={value!r}"
+    except ValueError:  # Python writes no whole number of more than 4,300 digits
+        raise fail("expected a number that can be written", Span(Source(f"{key}=...", key), 0, len(key))) from None
     source = Source(clip(text), text)
     return Override(_path(key, source), _node(value, Span(source, len(key) + 1, len(text)), 0))
 

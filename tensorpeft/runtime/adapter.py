@@ -22,6 +22,7 @@ from tensorpeft.runtime.attachment import remove
 from tensorpeft.runtime.data_init import fill_from_weights
 from tensorpeft.runtime.engine import Engine
 from tensorpeft.runtime.factors import Factors
+from tensorpeft.runtime.program_cache import Programs
 from tensorpeft.runtime.state import Merged, State
 from tensorpeft.runtime.trained_base import TrainedBase
 from tensorpeft.runtime.whole import at_exit
@@ -34,15 +35,16 @@ class Adapter(nn.Module):
     parameter (or buffer, where frozen) per factor, or per size of a ragged one; ``trained_base`` the parameters of the model that
     are trained beside dW.
 
-    Where it ``adapts``, inputs of other lengths than the plan's, or without gradients, have plans of their own.
+    Inputs of other lengths than the plan's, or without gradients, have plans of their own, but where a regime was given.
     """
 
-    def __init__(self, plan: Plan, name: str, dtype: torch.dtype, device: torch.device, *, adapts: bool = True) -> None:
+    def __init__(self, programs: Programs, name: str, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
+        plan = programs.plan
         self.factors = Factors(plan.network, dtype, device)
         self.trained_base = TrainedBase(extra.path for extra in plan.network.extras)
-        self.state = State(plan, name, self.factors, self.trained_base, adapts=adapts)
-        self.engine = Engine(self.state)
+        self.state = State(plan, name, self.factors, self.trained_base, adapts=programs.adapts)
+        self.engine = Engine(self.state, programs)
 
     # What the adapter is
 

@@ -1,4 +1,4 @@
-"""A plan and a model -> an attached adapter; and off again. Both are whole or not at all."""
+"""Programs and a model -> an attached adapter: whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,23 +12,21 @@ from torch import Tensor, nn
 from tensorpeft.checkpoint.compatibility import stored_name
 from tensorpeft.language.errors import AdapterError
 from tensorpeft.network.network import Network
-from tensorpeft.planning.plan import Plan
 from tensorpeft.runtime.adapter import Adapter
 from tensorpeft.runtime.attachment import install, remove
 from tensorpeft.runtime.data_init import fill_from_weights
 from tensorpeft.runtime.hooks import PREFIX
+from tensorpeft.runtime.program_cache import Programs
 from tensorpeft.runtime.whole import at_exit
 
 
-def attach_plan(
+def attach_programs(
     model: nn.Module,
-    plan: Plan,
+    programs: Programs,
     name: str | None = None,
     values: Mapping[str, Tensor] | None = None,
-    *,
-    adapts: bool = True,
 ) -> Adapter:
-    """Build the adapter of a plan and attach it: all of it, or on an error nothing.
+    """Build the adapter of some programs and attach it: all of it, or on an error nothing.
 
     The factors live on the device of the base's weights, in their dtype, or in float32 where theirs has fewer bits or they
     are quantised. Where ``values`` are given, one for each block and for each parameter of the base that is trained, they start
@@ -39,8 +37,9 @@ def attach_plan(
             on the meta device, or a module is none that an update can be added to.
         SpecError: a factor's name cannot be that of a parameter.
     """
+    plan = programs.plan
     name = plan.network.spec.name.replace("-", "_") if name is None else name
-    if not name.isidentifier():
+    if not isinstance(name, str) or not name.isidentifier():
         raise AdapterError(f"the adapter name `{name}` is not a Python identifier; give another with `name=`")
     if hasattr(model, PREFIX + name):
         raise AdapterError(f"the model already has an adapter `{name}`; give this one another name with `name=`")
@@ -48,7 +47,7 @@ def attach_plan(
         raise AdapterError("attach found inference mode, in which no factor can be trained; attach outside of it")
     weight = _first_weight(model, plan.network)
     floating = weight.is_floating_point() and weight.dtype.itemsize >= 4
-    adapter = Adapter(plan, name, weight.dtype if floating else torch.float32, weight.device, adapts=adapts)
+    adapter = Adapter(programs, name, weight.dtype if floating else torch.float32, weight.device)
     if values is None:
         adapter.reset_parameters()
     else:

@@ -22,14 +22,8 @@ Steps = tuple[tuple[SharedInput, int], ...]  # input sets, and which of their mo
 class Engine:
     """Programs, and what they have computed. A copy, or what comes out of a pickle, makes them anew from the state."""
 
-    def __init__(self, state: State) -> None:
-        self.state = state
-        self.build()
-
-    def build(self) -> None:
-        """Emit everything."""
-        state = self.state
-        self.programs = Programs(state.plan, adapts=state.adapts)
+    def __init__(self, state: State, programs: Programs) -> None:
+        self.state, self.programs = state, programs
         self.magnitudes = Magnitudes(state)
         self.weights = Weights(state)
         self.traced = Traced(state, self.programs, self.magnitudes.norms if self.magnitudes.blocks else None)
@@ -122,5 +116,5 @@ class Engine:
         return {"state": self.state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.state = state["state"]
-        self.build()
+        mine: State = state["state"]
+        self.__init__(mine, Programs(mine.plan, adapts=mine.adapts))  # type: ignore[misc]

@@ -20,7 +20,12 @@ from tensorpeft.runtime.factors import Factors
 from tensorpeft.runtime.gradients import Gradients, token_of
 from tensorpeft.runtime.program_cache import Program
 from tensorpeft.runtime.site_tensors import quotient
-from tensorpeft.runtime.torch_internals import is_in_distributed_forward, outputs_are_kept, without_dispatch_modes
+from tensorpeft.runtime.torch_internals import (
+    backward_pass,
+    is_in_distributed_forward,
+    outputs_are_kept,
+    without_dispatch_modes,
+)
 
 Norms = Callable[[], dict[str, Tensor]]  # what some factors are divided by, by the names of their blocks
 Divisors = tuple[Tensor | None, ...]  # the same, for each factor that the prologue takes
@@ -69,6 +74,7 @@ class _Made:
                 version = -1
             self.guards += [(holder, name, holder[name], version)]
         self.pointers: list[int] | None = None
+        self.within_a_pass = now.thread != 0
         if guarded:
             self.look_at_memory()
 
@@ -94,7 +100,7 @@ class FactorCache:
     def __init__(self, program: Program, factors: Factors, norms: Norms | None, now: Pass) -> None:
         self.program, self.factors, self.norms, self.now = program, factors, norms, now
         self._places = [(factors.holder(name), name) for name in program.code.inputs]
-        self.forget()
+        self._made: dict[tuple[torch.dtype, torch.device, bool], _Made] = {}
 
     def end(self) -> None:
         """A pass is over. Only a backward pass may want its results again."""
@@ -110,7 +116,7 @@ class FactorCache:
 
     def forget(self) -> None:
         """Drop the results."""
-        self._made: dict[tuple[torch.dtype, torch.device, bool], _Made] = {}
+        self._made = {}
 
     def prepared(self, y: Tensor, grad: bool) -> Prepared:
         """The results for a dtype and a device, with gradients or without.
@@ -130,7 +136,8 @@ class FactorCache:
                 return self._make(*key)
         if made.pointers is None or (now.thread and now.thread == get_ident() and not y.is_cuda):
             return made.prepared
-        return made.prepared if made.lies_where_it_lay() else self._make(*key)
+        is_left_over = made.within_a_pass and not now.thread and backward_pass() == -1  # of a pass that is over
+        return made.prepared if made.lies_where_it_lay() and not is_left_over else self._make(*key)
 
     def _make(self, dtype: torch.dtype, device: torch.device, grad: bool) -> Prepared:
         for holder, name in self._places:

@@ -73,8 +73,11 @@ class Gradients:
         except KeyError:
             self.check()
             found = self._passes[number] = Pass(self)
-            at_end_of_backward(lambda: self._passes.pop(number, None) and None)
+            at_end_of_backward(lambda: self._forget(number))
             return found
+
+    def _forget(self, number: int) -> None:
+        self._passes.pop(number, None)
 
     def check(self) -> None:
         """Stacks may be views of factors, so these must be as they were."""

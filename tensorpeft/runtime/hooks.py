@@ -61,8 +61,9 @@ class ModuleForward:
             self.input_name = "input"
 
     def __call__(self, *args: Any, **named: Any) -> Any:
-        module, x = self.module, args[0] if args else named.get(self.input_name)
-        if x.__class__ is Tensor and x.is_nested:
+        x: Any = args[0] if args else named.get(self.input_name)
+        module = self.module
+        if x.__class__ is Tensor and x.is_nested and any(state.working for state in self.states):
             _refuse_nested(module)
         if self.ahead:
             given = self._changed(module, x)
@@ -105,7 +106,8 @@ class ModuleForward:
     @property
     def states(self) -> dict[State, None]:
         """The adapters that do, in the order in which they came."""
-        return dict.fromkeys([each.state for each in (*self.updates, *self.ahead, *self.replacements)])
+        parts: list[Update | Replacement] = [*self.updates, *self.ahead, *self.replacements]
+        return dict.fromkeys([each.state for each in parts])
 
     def join(self, updates: Iterable[Update], ahead: Iterable[Update], replacements: Iterable[Replacement]) -> None:
         """Let an adapter take part."""

@@ -53,10 +53,13 @@ class Programs:
     """
 
     def __init__(self, planned: Plan, *, adapts: bool) -> None:
-        self._plan, self._adapts = planned, adapts
+        self.plan, self.adapts = planned, adapts
         self.main = Program(planned)
         self._made: dict[tuple[Regime, bool], Program] = {(planned.regime, True): self.main}
         self.followed = self.main  # what a compiler follows, which would look at every key of a dictionary
+
+    def __str__(self) -> str:
+        return str(self.main.code)
 
     def made(self) -> tuple[Program, ...]:
         """Those that there are."""
@@ -65,31 +68,31 @@ class Programs:
     @property
     def goes_through(self) -> bool:
         """Whether some of it has what the base computes."""
-        return self._plan.goes_through
+        return self.plan.goes_through
 
     def set_alone(self, alone: bool) -> None:
         """Say whether the adapter is alone at its modules."""
-        self.followed = self._program(self._plan.regime, alone or not self._plan.goes_through)
+        self.followed = self._program(self.plan.regime, alone or not self.plan.goes_through)
 
     def prepare(self, number_bytes: int) -> None:
         """Make the programs for inputs of every length, in training and out of it, of numbers of this size."""
-        for power in range(7) if self._adapts else ():
+        for power in range(7) if self.adapts else ():
             for gradients in (False, True):
                 self.of(4**power, gradients=gradients, number_bytes=number_bytes, alone=True)
 
     def of(self, tokens: int, *, gradients: bool, number_bytes: int, alone: bool) -> Program:
         """The program for an input: as planned for about as many tokens, with or without gradients."""
-        if not self._adapts:
+        if not self.adapts:
             return self.followed
-        near = self._plan.regime.near(tokens, gradients=gradients, number_bytes=number_bytes)
-        return self._program(near, alone or not self._plan.goes_through)
+        near = self.plan.regime.near(tokens, gradients=gradients, number_bytes=number_bytes)
+        return self._program(near, alone or not self.plan.goes_through)
 
     def _program(self, regime: Regime, alone: bool) -> Program:
         use = regime, alone
         if use not in self._made:
-            planned = plan(self._plan.network, regime, alone=alone)
-            own = self._plan.regime
-            if regime.gradients and regime != own and planned.held > self._plan.held:
+            planned = plan(self.plan.network, regime, alone=alone)
+            own = self.plan.regime
+            if regime.gradients and regime != own and planned.held > self.plan.held:
                 self._made[use] = self._program(own, alone)  # in training, memory is dearer than kernels
                 return self._made[use]
             same = (made for made in list(self._made.values()) if made.order == planned.order)

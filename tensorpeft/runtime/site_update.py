@@ -28,6 +28,8 @@ class SiteUpdate:
         """The output y (..., d_out) for the input x (..., d_in), with the updates added, in the memory of y."""
         if is_dynamo_compiling() or torch.compiler._is_compiling_flag:
             return self.engine.traced.update(self.path, module, x, y, ahead=self.ahead)
+        if y.dtype is torch.float16:  # in whose range x A need not lie
+            return self(module, x, y.float()).to(torch.float16)
         grad = torch.is_grad_enabled()
         try:
             steps = self._steps[x.shape, grad, y.dtype, self.state.alone]

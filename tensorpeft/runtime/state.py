@@ -100,14 +100,41 @@ class State:
         """
         for children, name, module, path in self.edges:
             if name not in children or children[name] is not module:
-                now = children.get(name)
-                found = "is gone" if now is None else f"was replaced (by {type(now).__name__})"
-                raise AdapterError(
-                    f"`{path}` {found} after adapter `{self.name}` was attached, which is not on what is there now; "
-                    "detach it and attach it again"
-                )
+                self._look_again()
+                break
         if self.trained.paths:
             self.trained.follow()
+        for held in self.held:
+            here = held.owner._parameters
+            is_free = held.entry.trainer is None  # else it was looked for already
+            if is_free and held.name in here and here[held.name] is not held.entry.parameter:
+                self._follow(held, here[held.name])
+
+    def _look_again(self) -> None:
+        """Something lies elsewhere. Layers may be left out or turned round, but a module of a site is to be one that is adapted."""
+        model, own = self.base_model(), {id(module) for module in self.modules}
+        for path in dict.fromkeys(site.module for site in self.network.sites):
+            try:
+                now = model.get_submodule(path)
+            except AttributeError:
+                continue
+            if id(now) not in own:
+                raise AdapterError(
+                    f"`{path}` was replaced (by {type(now).__name__}) after adapter `{self.name}` was attached, "
+                    "which is not on what is there now; detach it and attach it again"
+                )
+        self.edges = [each for each in self.edges if each[0].get(each[1]) is each[2]]
+
+    def _follow(self, held: Held, now: nn.Parameter | None) -> None:
+        """The model has another parameter there, as ``load_state_dict(assign=True)`` leaves it."""
+        if now is None:
+            return
+        if held.entry.additions:
+            raise AdapterError(
+                f"`{held.path}` was replaced while an adapter was merged into it, so that update is in nothing now; "
+                "detach(keep_merged=True) lets go of it"
+            )
+        held.entry.move(now)
 
     def base_model(self) -> nn.Module:
         """The model that it is attached to.

@@ -52,7 +52,7 @@ def gradients_of(
     outputs: Sequence[Tensor], gradients: Sequence[Tensor], leaves: Sequence[Tensor]
 ) -> tuple[Tensor | None, ...]:
     """``torch.autograd.grad`` without its questions about shapes, which are right here: they take a hundred calls for one."""
-    found: tuple[Tensor | None, ...] = Variable._execution_engine.run_backward(  # type: ignore[attr-defined]
+    found: tuple[Tensor | None, ...] = Variable._execution_engine.run_backward(
         tuple(outputs), tuple(gradients), False, False, tuple(leaves), allow_unreachable=True, accumulate_grad=False
     )
     return found
@@ -60,7 +60,7 @@ def gradients_of(
 
 def at_end_of_backward(callback: Callable[[], None]) -> None:
     """Let the engine call something when the backward pass that is on ends, however that may be."""
-    Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    Variable._execution_engine.queue_callback(callback)
 
 
 def remove_forward_hooks(module: nn.Module, is_ours: Callable[[object], bool]) -> None:

@@ -24,9 +24,8 @@ def linears(path: str, module: nn.Module) -> Iterator[Linear]:
         yield _embedding(path, module)
     elif isinstance(module, CONVOLUTIONS):
         if module.groups == 1:
-            d_out, d_in = module.out_channels, module.in_channels * prod(module.kernel_size)
-            kind = ("conv",) if is_plain(module) else ("parameter", "weight")
-            yield Linear(path, d_out, d_in, *kind)
+            matrix = module.out_channels, module.in_channels * prod(module.kernel_size)
+            yield Linear(path, *matrix, "conv") if is_plain(module) else Linear(path, *matrix, "parameter", "weight")
     elif (sides := _sides(module)) and not is_router(module):
         if is_plain(module) or not _has_numbers(module):
             yield Linear(path, *sides)

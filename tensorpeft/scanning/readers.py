@@ -28,7 +28,7 @@ def read_modules(module_class: type[nn.Module], *, called: bool) -> frozenset[st
     for each in module_class.__mro__:
         if each is nn.Module:
             break
-        mentions = set(_mentions(each))
+        mentions = _mentions(each)
         by_torch = each.__module__.startswith("torch.")
         called_here = {name for _, name, is_read in mentions if not is_read}
         for method, name, is_read in mentions:
@@ -51,15 +51,19 @@ def _reached(methods: Mapping[str, set[str]]) -> set[str]:
     return reached
 
 
-def _mentions(module_class: type) -> Iterator[tuple[str, str, bool]]:
-    """Each method with each ``self.x`` in it, outside of what sets a class up, and whether numbers of its weight are read."""
+@cache
+def _mentions(module_class: type) -> frozenset[tuple[str, str, bool]]:
+    """Each method with each ``self.x`` in it, outside of what sets a class up, and whether numbers of its weight are read.
+
+    Cached, since the classes of a library have long ancestors in common.
+    """
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(module_class))).body
     except (OSError, TypeError, SyntaxError, ValueError):
-        return
-    for function in ast.walk(tree):
-        if isinstance(function, ast.FunctionDef) and not function.name.startswith(_SET_UP):
-            yield from ((function.name, name, is_read) for name, is_read in _of_function(function))
+        return frozenset()
+    functions = (each for each in ast.walk(tree) if isinstance(each, ast.FunctionDef))
+    methods = [each for each in functions if not each.name.startswith(_SET_UP)]
+    return frozenset((method.name, name, is_read) for method in methods for name, is_read in _of_function(method))
 
 
 def _of_function(function: ast.FunctionDef) -> Iterator[tuple[str, bool]]:

@@ -8,10 +8,9 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from random import Random, SystemRandom
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.loader import load_spec
@@ -115,11 +114,7 @@ def _swap(text: str, at: int, extra: str) -> str:
 
 
 MUTATIONS = [_insert, _insert_line, _replace_token, _replace_token, _delete_token, _delete_line, _repeat, _swap]
-mutation = st.tuples(
-    st.sampled_from(MUTATIONS),
-    st.integers(0, 1023),
-    st.one_of(*map(st.sampled_from, (WORDS, SIGNS, NASTY)), st.characters()),
-)
+CHARACTERS = [range(0x20), range(0x20, 0x7F), range(0x7F, 0x3000), range(0x3000, 0x110000)]  # surrogates among them
 
 
 def load(text: str) -> Spec | SpecError:
@@ -157,12 +152,26 @@ def check(text: str) -> None:
         assert str(again) == canonical
 
 
-@settings(max_examples=N_EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(st.sampled_from(SPECS), st.lists(mutation, min_size=1, max_size=4))
-def test_mutated_specs(text: str, mutations: list) -> None:
-    for mutate, place, extra in mutations:
-        text = mutate(text, place * len(text) // 1024, extra)
-    check(text + "\n")
+def mutated(draw: Random) -> str:
+    """A spec with one to four mutations."""
+    text = draw.choice(SPECS)
+    for _ in range(draw.randint(1, 4)):
+        words = draw.choice((WORDS, SIGNS, NASTY, None))
+        extra = draw.choice(words) if words else chr(draw.choice(draw.choice(CHARACTERS)))
+        text = draw.choice(MUTATIONS)(text, draw.randrange(1024) * len(text) // 1024, extra)
+    return text + "\n"
+
+
+@pytest.mark.parametrize("batch", range(10))
+def test_mutated_specs(batch: int) -> None:
+    """Others at every run; a failure tells which."""
+    seed = SystemRandom().randrange(2**32)
+    for number in range(N_EXAMPLES // 10):
+        text = mutated(Random(f"{seed} {number}"))
+        try:
+            check(text)
+        except Exception as error:
+            raise AssertionError(f"the spec {text!r}: {error!r}") from error
 
 
 SHORT = HEAD + "structure: matrix\nrank: 4\n"

@@ -40,7 +40,11 @@ def flops(term: Term, activation: tuple[str, ...], output: tuple[str, ...], toke
     letters = {mode: opt_einsum.get_symbol(i) for i, mode in enumerate(sizes)}
     equation = ",".join("".join(letters[m] for m in modes) for modes in inputs)
     equation += "->" + "".join(letters[m] for m in output)
-    shapes = [tuple(sizes[m] for m in modes) for modes in inputs]
+    return best(equation, tuple(tuple(sizes[m] for m in modes) for modes in inputs))
+
+
+@cache
+def best(equation: str, shapes: tuple[tuple[int, ...], ...]) -> int:
     optimizer = "optimal" if len(shapes) < 9 else "dp"
     return int(opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimizer)[1].opt_cost)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -11,9 +12,14 @@ from tensorpeft.language.errors import SpecError
 from tensorpeft.language.shipped import method_paths
 from tensorpeft.model.cards import cards, model_shape
 from tensorpeft.pipeline import report
-from tensorpeft.reporting.catalogue import COUNTED_ON, Paper, catalogue, described
+from tensorpeft.reporting.catalogue import COUNTED_ON, Catalogue, Paper, catalogue, described
 
 SHIPPED = Path(__file__).resolve().parents[2] / "specs"
+
+
+@cache
+def shipped() -> Catalogue:
+    return catalogue()
 
 
 # what the catalogue was asked for: a method that goes missing is noticed
@@ -65,7 +71,7 @@ def test_a_published_method_ships(name):
 
 
 def test_everything_that_ships_is_there():
-    found = catalogue()
+    found = shipped()
     assert [method.name for method in found.methods] == sorted(path.stem for path in SHIPPED.glob("*.yaml"))
     assert [card.name for card in found.cards] == list(cards())
     assert all(card.parameters == model_shape(card.name).n_parameters for card in found.cards)
@@ -73,7 +79,7 @@ def test_everything_that_ships_is_there():
 
 @pytest.mark.parametrize("name", method_paths())
 def test_a_method_is_counted_or_its_refusal_is_told(name):
-    method = next(method for method in catalogue().methods if method.name == name)
+    method = next(method for method in shipped().methods if method.name == name)
     if method.refused is None:
         found = report(name, model=COUNTED_ON)
         assert (method.trainable, method.extra) == (found.trainable, found.extra)
@@ -110,7 +116,7 @@ def test_comments(comment, told):
 
 
 def test_formats():
-    found = catalogue()
+    found = shipped()
     data = json.loads(found.to_json())
     lora = next(method for method in data["methods"] if method["name"] == "lora")
     assert lora["trainable"] == 4194304

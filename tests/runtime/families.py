@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
+
+from tensorpeft.model.cards import model_shape
+from tensorpeft.model.shape import ModelShape
+from tensorpeft.scanning.scan import scan
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
 TEXT = {**SMALL, "vocab_size": 100, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -250,9 +255,28 @@ NOT_ON_CARDS = (*(f"head.attention.{name}" for name in ("in_proj_weight", "out_p
 FIRST_LAYER = "tensorpeft: 1\ntarget: {matrices: [all-linear], layers: [0]}\nstructure: matrix\nrank: 2\n"
 
 
-def on_meta(case: Case) -> nn.Module:
+@cache
+def on_meta(name: str) -> nn.Module:
+    """The model of a case without numbers: for those who only look at it."""
     with torch.device("meta"):
-        return case.build()
+        return CASES[name].build()
+
+
+@cache
+def live(name: str) -> nn.Module:
+    """The model of a case in float64: for those who leave it as it was."""
+    return CASES[name].build().double().eval()
+
+
+@cache
+def scanned(name: str) -> ModelShape:
+    return scan(on_meta(name))
+
+
+@cache
+def of_config(name: str) -> ModelShape:
+    """The shape that the config of a case tells."""
+    return model_shape({**on_meta(name).config.to_dict(), "architectures": [CASES[name].name]})
 
 
 def inputs(model: nn.Module) -> dict[str, Tensor]:

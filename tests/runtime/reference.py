@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from fractions import Fraction
 
 import numpy as np
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 import tensorpeft as tp
 from tensorpeft.language.syntax import Choice, Product, Reference, Selector
 from tensorpeft.model.shape import Site
-from tensorpeft.network.mode_sizes import balanced
 from tensorpeft.network.network import Block
 
 AT_SITE = ("matrix", "layer", "expert")
@@ -33,6 +33,22 @@ FUNCTIONS = {
     "gcd": math.gcd,
     "mod": lambda a, b: a % b,
 }
+
+
+def balanced(number: int, parts: int) -> list[int]:
+    """Of all ways to write a number as a product of so many, ascending: in each step what is nearest to the even share.
+
+    ``d`` is nearer than ``e`` if the larger of d and the share is a smaller multiple of the other one: compared exactly, by
+    powers, where production takes roots.
+    """
+    if parts < 2:
+        return [number] * parts
+
+    def ratio(d: int) -> Fraction:  # of d ** parts to the number, above one
+        return max(Fraction(d**parts, number), Fraction(number, d**parts))
+
+    nearest = min((d for d in range(1, number + 1) if number % d == 0), key=lambda d: (ratio(d), d))
+    return sorted([nearest, *balanced(number // nearest, parts - 1)])
 
 
 @dataclass(frozen=True)

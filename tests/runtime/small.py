@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ DORA = (
 )
 EXPERTS = "rank: {r: 2}\nupdate: B[expert, d_out, r] * A[r, d_in]\nfactors: {B: {init: zeros}}\n"
 PREFIX = "tensorpeft_"
+Result = TypeVar("Result")
 
 
 @cache
@@ -133,10 +135,24 @@ def with_changes(model: nn.Module, changes: dict[str, Tensor], rows: Tensor | No
 def is_sentence(error: BaseException) -> bool:
     """Whether an error is one of tensorpeft's: one sentence, and in a spec below it the line that it is about."""
     text = str(error) if not isinstance(error, tp.SpecError) else str(error).splitlines()[0]
-    raw = ("Traceback", "object at 0x", "NoneType", "Error(")
+    raw = ("Traceback", "object at 0x", "Error(")
     return (
         isinstance(error, tp.TensorpeftError)
         and "\n" not in text
         and len(text) > 10
         and not any(w in text for w in raw)
     )
+
+
+def or_refused(call: Callable[[], Result]) -> Result | None:
+    """What a call returns; None where tensorpeft refuses, which it does in one sentence."""
+    try:
+        return call()
+    except tp.TensorpeftError as error:
+        if not is_sentence(error):
+            raise AssertionError(f"no sentence: {error}") from error
+        return None
+
+
+def close(found: Tensor, truth: Tensor) -> bool:
+    return torch.allclose(found, truth, rtol=1e-10, atol=1e-12)

@@ -40,8 +40,8 @@ def test_nothing_is_merged_into_a_module_of_other_sides():
     with pytest.raises(tp.AdapterError) as caught:
         adapter.merge()
     assert str(caught.value) == (
-        "the weight of `2` is 5 x 6 (d_out x d_in), but 3 x 6 when `adapter` was attached: "
-        "the module was replaced, and the adapter is not on the new one"
+        "`2` was replaced (by Linear) after adapter `adapter` was attached, which is not on what is there now; "
+        "detach it and attach it again"
     )
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from itertools import combinations
 from typing import Any
@@ -15,18 +16,30 @@ import torch
 import transformers
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 
 import tensorpeft as tp
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.spec import Target
-from tensorpeft.model.cards import model_shape
 from tensorpeft.model.family import families
 from tensorpeft.model.shape import ModelShape, Site
 from tensorpeft.model.target import choose
 from tensorpeft.model.trained import extras
-from tensorpeft.scanning.scan import scan
 from tests.models import randomise
-from tests.runtime.families import ATTENTION, CASES, FIRST_LAYER, MLP, NOT_ON_CARDS, inputs, layers, on_meta, run
+from tests.runtime.families import (
+    ATTENTION,
+    CASES,
+    FIRST_LAYER,
+    MLP,
+    NOT_ON_CARDS,
+    inputs,
+    layers,
+    live,
+    of_config,
+    on_meta,
+    run,
+    scanned,
+)
 
 
 def test_every_family_is_tried():
@@ -35,28 +48,26 @@ def test_every_family_is_tried():
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_model_has_the_shape_of_its_config(name):
-    model = on_meta(CASES[name])
-    live, read = scan(model), model_shape({**model.config.to_dict(), "architectures": [CASES[name].name]})
-    on_card = {site for site in live.sites if not site.path.endswith(NOT_ON_CARDS)}
+    shape, read = scanned(name), of_config(name)
+    on_card = {site for site in shape.sites if not site.path.endswith(NOT_ON_CARDS)}
     assert on_card == {*read.sites}
-    linear = [site for site in live.sites if site.is_linear and site in on_card]
+    linear = [site for site in shape.sites if site.is_linear and site in on_card]
     assert linear == [site for site in read.sites if site.is_linear]
-    assert live.sizes == read.sizes
-    assert (live.n_parameters, live.family) == (read.n_parameters, read.family)
-    assert live.name == live.model_class == CASES[name].name
+    assert shape.sizes == read.sizes
+    assert (shape.n_parameters, shape.family) == (read.n_parameters, read.family)
+    assert shape.name == shape.model_class == CASES[name].name
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_config_tells_how_many_numbers_extras_have(name):
-    model = on_meta(CASES[name])
-    live, read = scan(model), model_shape({**model.config.to_dict(), "architectures": [CASES[name].name]})
-    assert sum(parameter.count for parameter in live.parameters) == live.n_parameters
+    shape, read = scanned(name), of_config(name)
+    assert sum(parameter.count for parameter in shape.parameters) == shape.n_parameters
     for kind in ("norms", "head"):
-        counts = [sum(each.count for each in shape.parameters if kind in each.kinds) for shape in (live, read)]
+        counts = [sum(each.count for each in one.parameters if kind in each.kinds) for one in (shape, read)]
         assert counts[0] == counts[1]
     for entry in ("biases", "bias"):  # of the target, and of the whole model
         spec = tp.load_spec(FIRST_LAYER + f"train: [{entry}]\n")
-        assert outcome(spec, live) == outcome(spec, read)
+        assert outcome(spec, shape) == outcome(spec, read)
 
 
 def outcome(spec: tp.Spec, shape: ModelShape) -> int | None:
@@ -71,7 +82,7 @@ def outcome(spec: tp.Spec, shape: ModelShape) -> int | None:
 def test_every_role_is_in_every_layer(name):
     sites = [
         site
-        for site in scan(on_meta(CASES[name])).sites
+        for site in scanned(name).sites
         if site.stack is not None and site.kind in ("linear", "parameter") and site.matrix != "reduction"
     ]
     found = sorted({(site.matrix, site.layer) for site in sites})
@@ -80,8 +91,8 @@ def test_every_role_is_in_every_layer(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_every_site_lies_in_its_weight(name):
-    model = on_meta(CASES[name])
-    for site in scan(model).sites:
+    model = on_meta(name)
+    for site in scanned(name).sites:
         weight = operator.attrgetter(site.parameter or "weight")(model.get_submodule(site.module))
         turned = site.transposed or site.kind == "embedding" or hasattr(model.get_submodule(site.module), "nf")
         d_out, d_in = weight.shape[-2:] if site.kind != "conv" else (weight.shape[0], math.prod(weight.shape[1:]))
@@ -90,23 +101,26 @@ def test_every_site_lies_in_its_weight(name):
         assert site.expert is None or site.expert < len(weight)
 
 
-def watch(module: nn.Module, keep: Callable[[Tensor], Any]) -> None:
-    """Hand the input of each call of a module on."""
+def watch(module: nn.Module, keep: Callable[[Tensor], Any]) -> RemovableHandle:
+    """Hand the input of each call of a module on, within a context."""
 
     def hook(module: nn.Module, args: tuple[Tensor]) -> None:
         keep(args[0])
 
-    module.register_forward_pre_hook(hook)
+    return module.register_forward_pre_hook(hook)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_which_sites_read_the_very_same_tensor(name):
-    model = CASES[name].build().double().eval()
-    sites = [site for site in scan(model).sites if site.kind == "linear" and site.stack is not None and site.layer == 0]
+    model = live(name)
+    sites = [
+        site for site in scanned(name).sites if site.kind == "linear" and site.stack is not None and site.layer == 0
+    ]
     tensors: dict[str, Tensor] = {}  # kept alive, so that no two can have one place
-    for path in {site.module for site in sites}:
-        watch(model.get_submodule(path), partial(tensors.setdefault, path))  # of several calls the first
-    run(model)
+    with ExitStack() as watched:
+        for path in {site.module for site in sites}:  # of several calls the first
+            watched.enter_context(watch(model.get_submodule(path), partial(tensors.setdefault, path)))
+        run(model)
     pairs = [(a, b) for a, b in combinations(sites, 2) if "falcon" not in name or {a.matrix, b.matrix} < {*ATTENTION}]
     together = {(a.matrix, b.matrix) for a, b in pairs if tensors[a.module] is tensors[b.module]}
     assert together == {(a.matrix, b.matrix) for a, b in pairs if a.reads and a.reads == b.reads}
@@ -131,7 +145,7 @@ UNREACHED = {  # what the first output does not depend on, or, of PEGASUS and Ma
 @pytest.mark.parametrize("name", CASES)
 def test_every_site_of_every_kind_is_reached(name):
     """The output is that of the base with W + dW everywhere, and each site's own factors have a part in it."""
-    model = CASES[name].build().double().eval()
+    model = live(name)
     adapter = tp.attach(model, EVERYTHING)
     randomise(adapter, std=0.1)
     output = model(**inputs(model))[0]
@@ -139,6 +153,7 @@ def test_every_site_of_every_kind_is_reached(name):
     with torch.no_grad(), adapter.disabled():
         expected = functional_call(model, changed(model, adapter), (), inputs(model), tie_weights=False)[0]
     assert (output - expected).norm() < 1e-12 * expected.norm()
+    adapter.detach()
     assert {site.path for site in unmoved(adapter)} == {*UNREACHED.get(name, ())}
 
 
@@ -170,11 +185,11 @@ def unmoved(adapter: tp.Adapter) -> Iterator[Site]:
 @pytest.mark.parametrize("name", CASES)
 def test_the_hooks_add_what_a_merge_adds(name):
     """So every site is in a module that the model calls; modules whose weight it reads itself would differ."""
-    model = CASES[name].build().double().eval()
+    model = live(name)
     base, state = run(model), {key: value.clone() for key, value in model.state_dict().items()}
     adapter = tp.attach(model, FIRST_LAYER)
     randomise(adapter, std=0.1)
-    linear = [site for site in scan(model).sites if site.is_linear and site.stack is not None and site.layer == 0]
+    linear = [s for s in scanned(name).sites if s.is_linear and s.stack is not None and s.layer == 0]
     assert {site.key for site in adapter.sites} == {site.key for site in linear}
     hooked = run(model)
     adapter.merge()
@@ -210,8 +225,7 @@ FUSED = ("gpt2", "gpt_neox", "gpt_bigcode", "bloom", "falcon", "mpt", "phi3")
 @pytest.fixture(scope="module", params=[name for name in CASES if name.startswith(FUSED)])
 def fused(request) -> tuple[nn.Module, dict[str, Site]]:
     """A causal model with a fused module, and the sites of its second layer."""
-    model = CASES[request.param].build().double().eval()
-    return model, {site.matrix: site for site in scan(model).sites if site.layer == 1}
+    return live(request.param), {site.matrix: site for site in scanned(request.param).sites if site.layer == 1}
 
 
 @pytest.mark.parametrize(("part", "reached"), [("query", [2]), ("key", [2, 3, 4, 5, 6]), ("value", [2, 3, 4, 5, 6])])
@@ -243,8 +257,8 @@ def test_the_rows_of_a_fused_part_go_by_heads(fused, part):
 
 def test_the_parts_of_a_fused_mlp():
     """Phi 3 computes down(up * act(gate)): without `up` nothing is left, without `gate` neither; the activation is gate's."""
-    model = CASES["phi3"].build().double().eval()
-    sites = {site.matrix: site for site in scan(model).sites if site.layer == 1}
+    model = live("phi3")
+    sites = {site.matrix: site for site in scanned("phi3").sites if site.layer == 1}
     module = model.get_submodule(sites["up"].module)
     x = torch.randn(3, 32, dtype=torch.float64)
     gate, up = (x @ module.weight[sites[part].row_indices()].t() for part in ("gate", "up"))
@@ -268,17 +282,17 @@ def test_the_parts_of_a_fused_mlp():
 )
 def test_an_entry_means_every_stack_or_one(name, entry, matrices):
     numbers = CASES[name].matrices
-    sites = choose(Target((entry,)), scan(on_meta(CASES[name])))
+    sites = choose(Target((entry,)), scanned(name))
     assert [site.key for site in sites] == [(matrix, n) for matrix in matrices for n in numbers[matrix]]
 
 
 def test_an_entry_that_no_stack_has():
     with pytest.raises(SpecError) as caught:
-        choose(Target(("gate",)), scan(on_meta(CASES["clip"])))
+        choose(Target(("gate",)), scanned("clip"))
     labels = ", ".join(f"`{name}`" for name in CASES["clip"].matrices)
     assert str(caught.value) == f"`gate` matches nothing in CLIPModel, which has {labels} and 6 more"
 
 
 def test_layers_of_the_longer_stack_alone():
-    sites = choose(Target(("query",), layers=(2,)), scan(on_meta(CASES["t5"])))
+    sites = choose(Target(("query",), layers=(2,)), scanned("t5"))
     assert [site.key for site in sites] == [("decoder.query", 2), ("decoder.cross.query", 2)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import tensorpeft as tp
 from tests.runtime import small
-from tests.runtime.small import move, spec
+from tests.runtime.small import close, move, spec
 
 UPDATES = {"lora": small.LORA, "ia3": small.IA3, "dora": small.DORA}
 Root = Callable[
@@ -42,10 +42,6 @@ def expected(*adapters: tp.Adapter) -> Tensor:
     model = whole()
     weight = model[0][0].weight
     return small.with_changes(model, {"0.0.weight": sum((small.change(a, weight) for a in adapters), 0 * weight)})
-
-
-def close(found: Tensor, truth: Tensor) -> bool:
-    return torch.allclose(found, truth, rtol=1e-10, atol=1e-12)
 
 
 both_roots = pytest.mark.parametrize("roots", list(itertools.product(ROOTS, ROOTS)), ids="+".join)
@@ -207,10 +203,8 @@ def test_over_a_model_that_peft_adapts(target, update):
     model = peft.get_peft_model(small.net(), config).double()
     lora = model.base_model.model[0]
     theirs = lora.get_delta_weight("default").detach()
-    try:
-        adapter = tp.attach(model, spec(UPDATES[update], target))
-    except tp.TensorpeftError as error:
-        assert small.is_sentence(error)
+    adapter = small.or_refused(lambda: tp.attach(model, spec(UPDATES[update], target)))
+    if adapter is None:
         return
     move(model, adapter)
     own = small.change(adapter, base[0].weight)

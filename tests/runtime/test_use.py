@@ -225,7 +225,7 @@ def test_hooks_of_others_and_a_forward_of_their_own() -> None:
     ways: list[tuple[Callable[[], Any], Tensor]] = [
         (lambda: module.register_forward_hook(lambda *given: seen.append(given[2])), whole),
         (lambda: module.register_forward_hook(lambda *given: 2 * given[2]), 2 * whole),
-        (lambda: module.register_forward_hook(lambda *given: 2 * given[2], prepend=True), whole + base),
+        (lambda: module.register_forward_hook(lambda *given: 2 * given[2], prepend=True), 2 * whole),
         (lambda: module.register_forward_pre_hook(lambda module, args: (3 * args[0],)), 3 * whole),
         (lambda: module.register_full_backward_hook(lambda *given: seen.append(given[1][0])), whole),
     ]
@@ -240,7 +240,7 @@ def test_hooks_of_others_and_a_forward_of_their_own() -> None:
     assert torch.allclose(seen[1], (module.weight + change).sum(0).expand_as(x), rtol=1e-10)
     original = module.forward
     module.forward = lambda x: 2 * original(x)
-    assert torch.allclose(module(x), whole + base, rtol=1e-10)
+    assert torch.allclose(module(x), 2 * whole, rtol=1e-10)
 
 
 # Training by halves

@@ -44,7 +44,7 @@ def n_trained(spec: Spec, model: ModelShape) -> int:
         return 0
     stacks = tuple(checked_stacks(spec, sites).values())
     scores = Scores(spec)
-    return _counter(spec, model, stacks, scores)(fitted(spec, model, stacks, scores))
+    return counter(spec, model, stacks, scores)(fitted(spec, model, stacks, scores))
 
 
 def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Spec:

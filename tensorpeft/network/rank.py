@@ -79,5 +79,5 @@ def _is_joined(term: Term, passing: Set[str]) -> bool:
     for _ in term.operands:  # each time it comes at least one factor further
         for operand in term.operands:
             if not reached.isdisjoint(operand.modes):
-                reached |= passing.intersection(operand.modes)
+                reached |= passing & {*operand.modes}
     return not reached.isdisjoint(term.d_out)

@@ -67,12 +67,13 @@ def _bottleneck(term: Term) -> str | None:
     if 1 in sizes.values():  # these are cut beside it at no cost
         return None
     for mode, size in sizes.items():
-        wider = {other for other in sizes if sizes[other] > size}
-        if _is_joined(term, wider | {mode}) and not _is_joined(term, sizes.keys() - {mode}):
+        narrow = {other for other in sizes if sizes[other] <= size and other != mode}
+        if _is_joined(term, {TASK_MODE, *narrow}) and not _is_joined(term, {TASK_MODE, mode}):
             return mode
     return None
 
 
+<<<<<<< HEAD
 def _is_joined(term: Term, passing: Set[str]) -> bool:
     """Whether a way leads from the input to the output over these modes alone."""
     reached = passing & {*term.d_in}
@@ -81,3 +82,19 @@ def _is_joined(term: Term, passing: Set[str]) -> bool:
             if not reached.isdisjoint(operand.modes):
                 reached |= passing & {*operand.modes}
     return not reached.isdisjoint(term.d_out)
+=======
+def _is_joined(term: Term, cut: Set[str]) -> bool:
+    """Whether modes outside a cut lead from the input to the output."""
+    return any(not {*term.d_out}.isdisjoint({*term.operands[at].modes} - cut) for at in distances(term, cut))
+
+
+def distances(term: Term, cut: Set[str]) -> dict[int, int]:
+    """How many factors away from the input each operand is, of those alone that are joined to it by modes outside the cut."""
+    found: dict[int, int] = {}
+    reached = {*term.d_in} - cut
+    for steps in range(len(term.operands)):
+        near = [i for i, each in enumerate(term.operands) if i not in found and not reached.isdisjoint(each.modes)]
+        found |= dict.fromkeys(near, steps)
+        reached |= {mode for i in near for mode in term.operands[i].modes} - cut
+    return found
+>>>>>>> shrink1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 
-from tensorpeft.language.functions import ARITY
+from tensorpeft.language.syntax import ARITY
 from tensorpeft.language.keywords import (
     BUILT_IN_MODES,
     DECOMPOSITIONS,

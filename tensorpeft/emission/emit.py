@@ -18,6 +18,7 @@ from torch import Tensor, fx
 
 from tensorpeft.emission.index import Index
 from tensorpeft.emission.lowering import FusedProjection, LoweredChain, ModuleSite, SetKind, lower_chains
+from tensorpeft.emission.norms import NormCode
 from tensorpeft.emission.program import SetProgram, program
 from tensorpeft.emission.prologue import PrologueCode, StackPart
 from tensorpeft.model.shape import Rows, Site
@@ -46,9 +47,10 @@ class SetCall:
 
 
 @dataclass(frozen=True)
-class Emitted:
-    """All emitted code of an adapter."""
+class PlanCode:
+    """All emitted code of a plan."""
 
+    plan: Plan
     prologue: fx.GraphModule
     inputs: tuple[str, ...]  # names of the blocks that the prologue takes, in order
     indices: tuple[Index, ...]  # and behind them these
@@ -65,6 +67,9 @@ class Emitted:
     def listings(self) -> Iterator[tuple[str, str]]:
         """The text of every function, with what it is for."""
         yield "once per forward pass", listing("prologue", self.prologue)
+        if self.plan.norms:
+            norms = NormCode(self.plan.norms, (block for block in self.plan.network.blocks if block.rule.norm))
+            yield "once per forward pass: the norms of W + dW", listing("norms", norms.code)
         counts = Counter(call.program for call in self.sets)
         for call in {call.program: call for call in reversed(self.sets)}.values():
             modules = ", ".join(site.module for site in call.modules)
@@ -83,7 +88,7 @@ def listing(name: str, code: fx.GraphModule) -> str:
     return text.replace("def forward(self, ", f"def {name}(").replace("tensorpeft_emission_ops_", "ops.").rstrip()
 
 
-def emit(plan: Plan) -> Emitted:
+def emit(plan: Plan) -> PlanCode:
     """The code of a plan."""
     prologue = PrologueCode(block.name for block in plan.network.blocks)
     alike: dict[object, list[InputSet]] = defaultdict(list)
@@ -92,7 +97,7 @@ def emit(plan: Plan) -> Emitted:
     calls = [call for sets in alike.values() for call in _kind(plan, prologue, sets)]
     code = prologue.finish()
     indices = tuple(index for _, index in prologue.indices.values())
-    return Emitted(code, tuple(prologue.inputs), indices, tuple(calls))
+    return PlanCode(plan, code, tuple(prologue.inputs), indices, tuple(calls))
 
 
 def _signature(plan: Plan, each: InputSet) -> object:

@@ -1,4 +1,4 @@
-"""The largest rank within a budget: the trained numbers of a spec are counted at many ranks, without its network."""
+"""The number of trained parameters of a spec on a model, without its network; and the largest rank within a budget."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from tensorpeft.language.errors import SpecError, fail
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Number
 from tensorpeft.model.shape import Key, ModelShape
+from tensorpeft.model.target import choose
+from tensorpeft.network.checks import checked_stacks
 from tensorpeft.network.mask_packing import FactorMasks, masking
 from tensorpeft.network.mode_sizes import layout
 from tensorpeft.network.scores import Scores
@@ -31,6 +33,19 @@ from tensorpeft.network.spectral import refuse_excess
 MAX_RANK = 1 << 20
 
 
+def n_trained(spec: Spec, model: ModelShape) -> int:
+    """Count the numbers that an optimizer would see, those of the trained blocks, without building the network.
+
+    Raises:
+        SpecError: the spec does not fit the model.
+    """
+    sites = choose(spec.target, model)
+    if not spec.update.products:
+        return 0
+    stacks, scores = tuple(checked_stacks(spec, sites).values()), Scores(spec)
+    return _counter(spec, model, stacks, scores)(fitted(spec, model, stacks, scores))
+
+
 def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Spec:
     """The spec with the largest ranks whose trained numbers are within its budget; itself where it has none.
 
@@ -39,7 +54,7 @@ def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scor
     """
     if spec.budget is None:
         return spec
-    count = counter(spec, model, stacks, scores)
+    count = _counter(spec, model, stacks, scores)
     top = min(spec.budget, MAX_RANK)  # each step of the rank adds at least one number
     counts = _gallop(lambda rank: _count_if_sized(count, spec, rank), spec.budget, top)
     least = counts[1]
@@ -85,11 +100,8 @@ def _count_if_sized(count: Callable[[Spec], int], spec: Spec, rank: int) -> int 
         return None
 
 
-def counter(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Callable[[Spec], int]:
-    """A function that counts the trained numbers of the spec at other ranks; what ranks do not change is done once, here.
-
-    These are the numbers that an optimizer would see. It raises SpecError where the sizes do not fit the model.
-    """
+def _counter(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Callable[[Spec], int]:
+    """A function that counts the trained numbers of the spec at other ranks; what ranks do not change is done once, here."""
     counters = [_of_stack(spec, model, placed, scores) for placed in stacks]
     return lambda sized: sum(count(sized) for count in counters)
 

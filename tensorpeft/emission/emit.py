@@ -21,13 +21,11 @@ from tensorpeft.emission.lowering import FusedProjection, LoweredChain, ModuleSi
 from tensorpeft.emission.norms import NormCode
 from tensorpeft.emission.program import SetProgram, program
 from tensorpeft.emission.prologue import PrologueCode, StackPart
-from tensorpeft.model.shape import Rows, Site
+from tensorpeft.model.shape import Site
 from tensorpeft.network.network import Group, Term
 from tensorpeft.planning.chain import Bundles
 from tensorpeft.planning.plan import Plan
 from tensorpeft.planning.shared_inputs import InputSet
-
-SitePlace = tuple[int, int, Rows | None]  # a site's bundle, its number there, and its rows
 
 
 @dataclass(frozen=True)
@@ -102,41 +100,41 @@ def emit(plan: Plan) -> PlanCode:
 
 def _signature(plan: Plan, each: InputSet) -> object:
     """Sets of one signature have their sites in the same groups, and in modules of the same make."""
-    return tuple((bundle.group, len(bundle.sites)) for bundle in each.bundles), _modules(plan, each)[1]
+    modules = (tuple((at, member, site.rows) for site, at, member in sites) for sites in _modules(plan, each))
+    return tuple((bundle.group, len(bundle.sites)) for bundle in each.bundles), *modules
 
 
-def _modules(plan: Plan, each: InputSet) -> tuple[dict[str, list[Site]], tuple[tuple[SitePlace, ...], ...]]:
-    """The modules of a set with their sites; and for each site its bundle, its number there, and its rows."""
-    sites: dict[str, list[Site]] = defaultdict(list)
-    sites_of: dict[str, list[SitePlace]] = defaultdict(list)
+def _modules(plan: Plan, each: InputSet) -> list[list[tuple[Site, int, int]]]:
+    """Of each module of a set the sites, with their bundles and their numbers there."""
+    found: dict[str, list[tuple[Site, int, int]]] = defaultdict(list)
     for at, bundle in enumerate(each.bundles):
         for member, number in enumerate(bundle.sites):
             site = plan.groups[bundle.group].group.sites[number]
-            sites[site.path].append(site)
-            sites_of[site.path].append((at, member, site.rows))
-    return sites, tuple(map(tuple, sites_of.values()))
+            found[site.path].append((site, at, member))
+    return list(found.values())
 
 
 def _kind(plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> list[SetCall]:
     """The calls of input sets of one signature."""
     given = SetInputs(plan, prologue, sets)
-    found, sites_of = _modules(plan, sets[0])
+    modules = _modules(plan, sets[0])
+    first = [sites[0][0] for sites in modules]
     kind = SetKind(
         chains=tuple(given.chains),
         arguments=tuple(given.arguments),
         trainable=tuple(given.trainable),
         projections=given.projections(),
         modules=tuple(
-            tuple(ModuleSite(given.of_bundle[b], member, rows) for b, member, rows in each) for each in sites_of
+            tuple(ModuleSite(given.of_bundle[at], member, site.rows) for site, at, member in sites) for sites in modules
         ),
-        d_in=next(iter(found.values()))[0].d_in,
-        d_out=tuple(sites[0].module_d_out for sites in found.values()),
+        d_in=first[0].d_in,
+        d_out=tuple(site.module_d_out for site in first),
         dropout=dict(plan.network.spec.dropout).get("x", 0.0),
     )
     at = plan.groups[sets[0].bundles[0].group].group.at
-    modules = [tuple(sites[0] for sites in _modules(plan, each)[0].values()) for each in sets]
+    firsts = [tuple(sites[0][0] for sites in _modules(plan, each)) for each in sets]
     arguments = [tuple((stack, rows[n]) for stack, rows in given.stacks) for n in range(len(sets))]
-    return [SetCall(program(kind), at, *each, given.indices) for each in zip(modules, arguments, strict=True)]
+    return [SetCall(program(kind), at, *each, given.indices) for each in zip(firsts, arguments, strict=True)]
 
 
 class SetInputs:

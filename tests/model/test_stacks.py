@@ -9,10 +9,10 @@ from tensorpeft.language.loader import load_spec
 from tensorpeft.model.cards import model_shape
 from tensorpeft.model.shape import Linear, ModelShape
 from tensorpeft.model.sites import resolve
+from tensorpeft.network.budget import n_trained
 from tensorpeft.network.initialisers import initial_values
 from tensorpeft.network.lower import lower
 from tensorpeft.network.network import Network
-from tests.network.test_budget import n_trained
 
 T5 = model_shape(
     {

@@ -14,20 +14,10 @@ from tensorpeft.language.shipped import method_paths
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Number
 from tensorpeft.model.cards import model_shape
-from tensorpeft.model.shape import ModelShape
-from tensorpeft.model.target import choose
-from tensorpeft.network.budget import counter, fitted
-from tensorpeft.network.checks import checked_stacks
+from tensorpeft.network.budget import n_trained
 from tensorpeft.network.lower import lower
-from tensorpeft.network.scores import Scores
 from tests.network.test_site_classes import LLAMA
 from tests.structures import STRUCTURES
-
-
-def n_trained(spec: Spec, model: ModelShape) -> int:
-    """The numbers of the trained blocks, without the network."""
-    stacks, scores = tuple(checked_stacks(spec, choose(spec.target, model)).values()), Scores(spec)
-    return counter(spec, model, stacks, scores)(fitted(spec, model, stacks, scores))
 
 
 def counted(spec: Spec) -> int | str:

@@ -42,14 +42,9 @@ def n_trained(spec: Spec, model: ModelShape) -> int:
     sites = choose(spec.target, model)
     if not spec.update.products:
         return 0
-<<<<<<< HEAD
     stacks = tuple(checked_stacks(spec, sites).values())
     scores = Scores(spec)
-    return counter(spec, model, stacks, scores)(fitted(spec, model, stacks, scores))
-=======
-    stacks, scores = tuple(checked_stacks(spec, sites).values()), Scores(spec)
     return _counter(spec, model, stacks, scores)(fitted(spec, model, stacks, scores))
->>>>>>> shrink2
 
 
 def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Spec:

@@ -73,16 +73,6 @@ def _bottleneck(term: Term) -> str | None:
     return None
 
 
-<<<<<<< HEAD
-def _is_joined(term: Term, passing: Set[str]) -> bool:
-    """Whether a way leads from the input to the output over these modes alone."""
-    reached = passing & {*term.d_in}
-    for _ in term.operands:  # each time it comes at least one factor further
-        for operand in term.operands:
-            if not reached.isdisjoint(operand.modes):
-                reached |= passing & {*operand.modes}
-    return not reached.isdisjoint(term.d_out)
-=======
 def _is_joined(term: Term, cut: Set[str]) -> bool:
     """Whether modes outside a cut lead from the input to the output."""
     return any(not {*term.d_out}.isdisjoint({*term.operands[at].modes} - cut) for at in distances(term, cut))
@@ -97,4 +87,3 @@ def distances(term: Term, cut: Set[str]) -> dict[int, int]:
         found |= dict.fromkeys(near, steps)
         reached |= {mode for i in near for mode in term.operands[i].modes} - cut
     return found
->>>>>>> shrink1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
 
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.network import Term
@@ -73,14 +72,9 @@ def _coarser(order: Order) -> Iterator[Order]:
 
 def _halves(term: Term, cut: Iterable[str]) -> Iterator[Order]:
     """The factors on the input's side of a cut, and the others. At the minimum cut this is the pair (L, R) of the normal form."""
-<<<<<<< HEAD
-    reached = _distances(term, {*cut, *SITE_MODES, "task"})
-    left, right = (tuple(i for i in range(len(term.operands)) if (i in reached) == near) for near in (True, False))
-=======
     reached = distances(term, {*cut, *SITE_MODES, "task"})
     left = tuple(i for i in range(len(term.operands)) if i in reached)
     right = tuple(i for i in range(len(term.operands)) if i not in reached)
->>>>>>> shrink1
     if left and right:
         yield left, right
 
@@ -91,20 +85,6 @@ def _one_by_one(term: Term) -> Order:
     return tuple((i,) for i in sorted(range(len(term.operands)), key=lambda i: (reached.get(i, 1 << 30), i)))
 
 
-<<<<<<< HEAD
-def _distances(term: Term, cut: set[str]) -> dict[int, int]:
-    """How far each operand is from the input, those alone that are joined to it by modes outside the cut."""
-    import networkx as nx  # late: a fifth of a second to import; a network without a plan needs none of it
-
-    carriers = [("input", term.d_in), *((i, operand.modes) for i, operand in enumerate(term.operands))]
-    graph = nx.Graph((carrier, mode) for carrier, modes in carriers for mode in modes if mode not in cut)
-    graph.add_node("input")
-    distances: dict[Any, int] = nx.single_source_shortest_path_length(graph, "input")
-    return {node: steps for node, steps in distances.items() if node != "input"}
-
-
-=======
->>>>>>> shrink1
 def activation(term: Term) -> tuple[str, ...]:
     """The modes of the input: the task of its row where one counts, the token, and the features."""
     tasks = ("task",) if any("task" in operand.modes for operand in term.operands) else ()

@@ -25,10 +25,8 @@ def check_sites(header: Header, model: str, sites: tuple[Site, ...]) -> None:
     """
     here = site_rows(sites)
     if here != header.sites:
-        difference = _difference(header.sites, here)
-        raise CheckpointError(
-            f"this {model} does not have the sites of the {header.model} it was saved from: {difference}"
-        )
+        expected = f"does not have the sites of the {header.model} it was saved from"
+        raise CheckpointError(f"this {model} {expected}: {_difference(header.sites, here)}")
 
 
 def check_factors(header: Header, network: Network) -> None:
@@ -63,8 +61,7 @@ def _difference(saved: Iterable[SiteRow], here: Iterable[SiteRow]) -> str:
     for key, (d_out, d_in) in before.items():
         if key not in now:
             return f"there is no {_place(*key)}"
-        if now[key] != (d_out, d_in):
-            found = now[key]
+        if (found := now[key]) != (d_out, d_in):
             return f"{_place(*key)} is {found[0]} x {found[1]} (d_out x d_in), expected {d_out} x {d_in}"
     more = next((key for key in now if key not in before), None)
     return f"it has {_place(*more)} too" if more else "they are in another order"

@@ -108,9 +108,7 @@ def _opened(path: Path) -> Iterator[safe_open]:
     try:
         is_file, parent_is_file = path.is_file(), path.parent.is_file()
     except (OSError, ValueError) as error:  # a name that is too long, or has a null character
-        raise CheckpointError(
-            f"it cannot be read: {(getattr(error, 'strerror', None) or str(error)).lower()}"
-        ) from error
+        raise _unreadable(error) from error
     if parent_is_file:
         raise CheckpointError(f"`{path.parent}` is a file; give the folder that `{FILE}` lies in")
     if not is_file:
@@ -119,10 +117,14 @@ def _opened(path: Path) -> Iterator[safe_open]:
         with safe_open(path, framework="pt") as file:
             yield file
     except OSError as error:
-        raise CheckpointError(f"it cannot be read: {(error.strerror or str(error)).lower()}") from error
+        raise _unreadable(error) from error
     except SafetensorError as error:
         found = f"found {path.stat().st_size:,} bytes that are no whole safetensors file"
         raise CheckpointError(f"{found}; it is damaged, cut off, or of another kind") from error
+
+
+def _unreadable(error: OSError | ValueError) -> CheckpointError:
+    return CheckpointError(f"it cannot be read: {(getattr(error, 'strerror', None) or str(error)).lower()}")
 
 
 def _check_names(stored: Mapping[str, SavedFactor], found: set[str]) -> None:
@@ -142,8 +144,7 @@ def _tensor(file: safe_open, name: str, factor: SavedFactor) -> Tensor:
         raise CheckpointError(f"factor `{name}` has shape {tuple(place.get_shape())}, expected {factor.shape}")
     tensor: Tensor = file.get_tensor(name).clone()  # its own memory, not the file's
     check_digest(tensor, factor, f"factor `{name}` is damaged")
-    bad = int((~tensor.isfinite()).sum())
-    if bad:
+    if bad := int((~tensor.isfinite()).sum()):
         raise CheckpointError(f"factor `{name}` has numbers that are not finite, {bad} of {tensor.numel()}")
     return tensor
 

@@ -14,13 +14,8 @@ from typing import Any
 from tensorpeft.language.errors import CheckpointError, listing
 
 FORMAT = 1
-DTYPES = {
-    "float64": "F64",
-    "float32": "F32",
-    "bfloat16": "BF16",
-    "float16": "F16",
-    "int64": "I64",
-}  # torch's name -> safetensors'
+# torch's name -> safetensors'
+DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16", "int64": "I64"}
 _LARGEST = 16 * 2**20  # characters: a mixture of 100,000 experts needs a quarter of it
 
 SiteRow = tuple[str | int, ...]  # matrix, layer, d_out, d_in, and the expert if there are several
@@ -55,13 +50,9 @@ class Header:
 
 def header_text(header: Header) -> str:
     """The canonical text of a header."""
-    plain = {
-        "format": FORMAT,
-        "library": header.library,
-        "spec": header.spec,
-        "base": {"model": header.model, "fingerprint": header.fingerprint, "sites": header.sites},
-        "factors": {name: vars(factor) for name, factor in header.factors.items()},
-    }
+    base = {"model": header.model, "fingerprint": header.fingerprint, "sites": header.sites}
+    factors = {name: vars(factor) for name, factor in header.factors.items()}
+    plain = {"format": FORMAT, "library": header.library, "spec": header.spec, "base": base, "factors": factors}
     return _signed(plain)
 
 
@@ -83,7 +74,7 @@ def parse_header(text: str) -> Header:
         model=plain["base"]["model"],
         sites=tuple(map(tuple, plain["base"]["sites"])),
         factors={
-            name: SavedFactor(**said | {"shape": tuple(said["shape"])}) for name, said in plain["factors"].items()
+            name: SavedFactor(**{**each, "shape": tuple(each["shape"])}) for name, each in plain["factors"].items()
         },
         library=plain["library"],
     )
@@ -118,13 +109,11 @@ def _validate(plain: dict[str, Any]) -> None:
     for error in Draft202012Validator(_SCHEMA).iter_errors(plain):
         place = ".".join(map(str, error.absolute_path))[:80]
         inside = f" in `{place}`" if place else ""
-        keys = error.instance if isinstance(error.instance, dict) else None
-        found = (
-            _canonical(error.instance)[:60] if keys is None else f"an object with {listing(sorted(keys)) or 'nothing'}"
-        )
-        raise CheckpointError(
-            f"its metadata is malformed{inside}: found {found}, expected {error.schema['description']}"
-        )
+        found = _canonical(error.instance)[:60]
+        if isinstance(error.instance, dict):
+            found = f"an object with {listing(sorted(error.instance)) or 'nothing'}"
+        expected = error.schema["description"]
+        raise CheckpointError(f"its metadata is malformed{inside}: found {found}, expected {expected}")
 
 
 def _closed(description: str, **properties: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +126,7 @@ _TEXT = {"type": "string", "maxLength": 256, "description": "a text of at most 2
 _DIGEST = {"type": "string", "pattern": r"^[0-9a-f]{64}\Z", "description": "a SHA-256 in hexadecimal"}
 _SIZE = {"type": "integer", "minimum": 1, "maximum": 2**48, "description": "a size, a whole number from 1"}
 _LAYER = {"type": "integer", "minimum": 0, "maximum": 2**31, "description": "the number of a layer"}
-_EXPERT = {"type": "integer", "minimum": 0, "maximum": 2**31, "description": "the number of an expert"}
+_EXPERT = {**_LAYER, "description": "the number of an expert"}
 _SITE = {
     "type": "array",
     "prefixItems": [_TEXT, _LAYER, _SIZE, _SIZE, _EXPERT],
@@ -151,11 +140,7 @@ _FACTOR = _closed(
     shape={"type": "array", "items": _SIZE, "maxItems": 64, "description": "a list of sizes"},
     sha256=_DIGEST,
     stored={"type": "boolean", "description": "true or false"},
-    mask={
-        "type": ["string", "null"],
-        "pattern": r"^[0-9a-f]{64}\Z",
-        "description": "a SHA-256 in hexadecimal, or null",
-    },
+    mask={**_DIGEST, "type": ["string", "null"], "description": "a SHA-256 in hexadecimal, or null"},
 )
 _SCHEMA = _closed(
     "the header of an adapter",

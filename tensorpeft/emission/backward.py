@@ -10,8 +10,7 @@ from tensorpeft.emission import ops
 from tensorpeft.emission.chain_code import ChainCode, ChainTrace, GradientSlot
 from tensorpeft.emission.forward import SetCode
 from tensorpeft.emission.graph import INPUT, OUTPUT, PROJECTION, Function, SetGraph, rows_of
-from tensorpeft.emission.input_kind import FusedProjection, ModuleSite, SetKind
-from tensorpeft.emission.lowering import LoweredChain
+from tensorpeft.emission.lowering import FusedProjection, LoweredChain, ModuleSite, SetKind
 from tensorpeft.emission.named_tensor import NamedTensor
 
 
@@ -23,7 +22,7 @@ class Backward:
     ) -> None:
         self.forward, self.kind = forward, kind
         self.to_x, self.to_arguments = to_x, to_arguments
-        self.graph = SetGraph(self.kind)
+        self.graph = SetGraph(kind)
         self.code = self.graph.code
         self.gradients = self._gradients(present)
         self.dx = GradientSlot(self.code, (*(mode for axis in forward.lead for mode in axis), INPUT))
@@ -36,7 +35,7 @@ class Backward:
         for number in self.gradients:
             if number not in projected:
                 self._alone(number)
-        found = self.dx.tensor.node if self.dx.tensor is not None else None
+        found = None if self.dx.tensor is None else self.dx.tensor.node
         if found is not None and self.forward.mask is not None:
             mask = self.forward.export_node(self.graph, self.forward.mask)
             found = self.code.call(ops.undrop, found, mask, self.kind.dropout)
@@ -50,52 +49,38 @@ class Backward:
             self.code.tokens = gradient.node, len(gradient.axes) - 2
             for site in self.kind.modules[module]:
                 for number in site.chains:
-                    axes = (*gradient.axes[:-1], self.kind.chains[number].d_out)
-                    found.setdefault(number, {})[site.member] = self._of_site(
-                        replace(gradient, axes=axes), site, number
-                    )
+                    of_chain = replace(gradient, axes=(*gradient.axes[:-1], self.kind.chains[number].d_out))
+                    found.setdefault(number, {})[site.member] = self._of_site(of_chain, site, number)
         return {number: dict(sorted(members.items())) for number, members in sorted(found.items())}
 
     def _of_site(self, gradient: NamedTensor, site: ModuleSite, number: int) -> NamedTensor:
         if self.kind.chains[number].kept:
             index = self.graph.take(f"rows{number}_{site.member}")
             return NamedTensor(self.code.once("index_select", gradient.node, -1, index), gradient.axes)
-        part = rows_of(self.graph, gradient, site.rows)
-        if part is None:
-            assert site.rows is not None
-            rows = site.rows
-            node = self.code.once(ops.rows_of, gradient.node, rows.offset, rows.count, rows.period)
-            part = replace(gradient, node=self.code.once("flatten", node, -2))
-        return part
+        part, rows = rows_of(self.graph, gradient, site.rows), site.rows
+        if part is not None or rows is None:
+            return part or gradient
+        node = self.code.once(ops.rows_of, gradient.node, rows.offset, rows.count, rows.period)
+        return replace(gradient, node=self.code.once("flatten", node, -2))
 
     def _trace(self, number: int) -> tuple[ChainCode, ChainTrace]:
         """A chain's code here, and of its activations those that its links' gradients need."""
-        emitted = self.graph.chain(number, gradients=self.to_arguments)
-        emitted.use()
-        trace, links = self.forward.traces[number], self.kind.chains[number].stages
-        needed = {n for n, stage in enumerate(links) if stage.link.trainable and self.to_arguments}
-        inputs = {
-            n: self.forward.export(self.graph, tensor) if n in needed else tensor for n, tensor in trace.inputs.items()
-        }
+        emitted = ChainCode(self.graph, number, gradients=self.to_arguments)
+        trace, stages = self.forward.traces[number], self.kind.chains[number].stages
+        inputs = dict(trace.inputs)
+        for n, tensor in trace.inputs.items():
+            if stages[n].link.trainable and self.to_arguments:
+                inputs[n] = self.forward.export(self.graph, tensor)
         masks = {n: (self.forward.export_node(self.graph, mask), axes) for n, (mask, axes) in trace.masks.items()}
         return emitted, ChainTrace(inputs, masks)
-
-    def _finish(self, number: int, emitted: ChainCode) -> None:
-        for argument, node in emitted.parts.items():
-            self.parts[f"into{self.kind.arguments[number][argument]}"] = node
 
     def _alone(self, number: int) -> None:
         """A chain that has its first link for itself."""
         chain = self.kind.chains[number]
         emitted, trace = self._trace(number)
         dx = self._slot_of_x(chain) if self.to_x else None
-        if len(chain.stages) == 1:
-            emitted.backward_epilogue(self.gradients[number], trace, dx)
-        else:
-            last = GradientSlot(self.code, trace.inputs[len(chain.stages) - 1].modes)
-            emitted.backward_epilogue(self.gradients[number], trace, last)
-            emitted.backward(trace, last, dx)
-        self._finish(number, emitted)
+        emitted.backward(self.gradients[number], trace, dx)
+        self.parts |= emitted.parts
         if dx is not None:
             self._put_x(number, chain, self.code.regrouped(dx.found, (*self.forward.lead, chain.d_in)))
 
@@ -103,9 +88,8 @@ class Backward:
         modes = (*self.dx.modes[:-1], *chain.d_in)
         if self.dx.tensor is None or chain.columns:
             return GradientSlot(self.code, modes)
-        return GradientSlot(
-            self.code, modes, replace(self.dx.tensor, axes=(*self.dx.tensor.axes[:-1], chain.d_in)), filled=True
-        )
+        whole = replace(self.dx.tensor, axes=(*self.dx.tensor.axes[:-1], chain.d_in))
+        return GradientSlot(self.code, modes, whole, filled=True)
 
     def _put_x(self, number: int, chain: LoweredChain, part: NamedTensor) -> None:
         if chain.columns:
@@ -133,17 +117,11 @@ class Backward:
                 whole = self.code.empty(like, (*self.dx.modes[:-1], PROJECTION))
                 if len(present) < len(projection.columns):
                     self.code.call("zero_", whole.node)
-            modes = trace.inputs[1].modes
-            part = None if whole is None else self.forward.columns(self.code, whole, projection, number)
-            into = GradientSlot(self.code, modes, part, filled=first in filled)
-            if len(self.kind.chains[number].stages) == 2:
-                emitted.backward_epilogue(self.gradients[number], trace, into)
-            else:
-                last = GradientSlot(self.code, trace.inputs[len(self.kind.chains[number].stages) - 1].modes)
-                emitted.backward_epilogue(self.gradients[number], trace, last)
-                emitted.backward(trace, last, into, stop=1)
+            part = whole and self.forward.columns(self.code, whole, projection, number)
+            into = GradientSlot(self.code, trace.inputs[1].modes, part, filled=first in filled)
+            emitted.backward(self.gradients[number], trace, into, stop=1)
             filled.add(first)
-            self._finish(number, emitted)
+            self.parts |= emitted.parts
             if whole is None:
                 axes = (*self.forward.lead, self.kind.chains[number].stages[0].arguments[0].axes[0])
                 whole = replace(self.code.regrouped(into.found, axes), axes=(*self.forward.lead, (PROJECTION,)))

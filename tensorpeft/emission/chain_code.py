@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import accumulate
 from operator import getitem
 
 import torch
@@ -11,25 +11,12 @@ from torch import fx
 
 from tensorpeft.emission import ops
 from tensorpeft.emission.contraction import Code
-from tensorpeft.emission.lowering import Argument, LoweredChain, Stage
+from tensorpeft.emission.graph import ROW, SetGraph
+from tensorpeft.emission.lowering import Stage
 from tensorpeft.emission.named_tensor import Modes, NamedTensor
 from tensorpeft.planning.chain import SITE
 
-ROW = "task"  # of an activation: the row of the batch, whose task chooses among a factor's
-
-
-@dataclass
-class ChainInputs:
-    """The nodes of what a chain is given in a graph, each made when it is asked for."""
-
-    argument: Callable[[int], fx.Node]
-    index: Callable[
-        [str], fx.Node
-    ]  # of ``columns``, which it reads, and ``kept``, the rows of the site that it changes
-    number: int = 0  # of the chain
-    ids: fx.Node | None = None  # the task of each row
-    training: fx.Node | None = None
-    into: Callable[[int], fx.Node] | None = None  # where the gradient of an argument is added up
+Members = dict[int, NamedTensor]  # at some sites of a chain, by their numbers in it
 
 
 @dataclass
@@ -59,32 +46,29 @@ class ChainTrace:
     """The activations of a chain's forward pass that its epilogue and its backward pass read."""
 
     inputs: dict[int, NamedTensor] = field(default_factory=dict)  # of each link: the activation that it meets
-    masks: dict[int, tuple[fx.Node, tuple[Modes, ...]]] = field(
-        default_factory=dict
-    )  # behind a link: what dropout left
+    # behind a link: what dropout left
+    masks: dict[int, tuple[fx.Node, tuple[Modes, ...]]] = field(default_factory=dict)
     tensor: NamedTensor | None = None  # of the last link, where it was built
 
 
 class ChainCode:
-    """A chain in one graph."""
+    """A chain in one graph, whose modes have its sizes from now on."""
 
-    def __init__(self, code: Code, chain: LoweredChain, given: ChainInputs) -> None:
-        self.code, self.chain, self.given = code, chain, given
-        self.parts: dict[int, fx.Node] = {}  # gradients of arguments that no kernel adds up in place
+    def __init__(self, graph: SetGraph, number: int, *, gradients: bool = False) -> None:
+        self.graph, self.code, self.number, self.gradients = graph, graph.code, number, gradients
+        self.chain = graph.kind.chains[number]
+        self.parts: dict[str, fx.Node] = {}  # gradients of arguments that no kernel adds up in place
         self._tensors: dict[int, NamedTensor] = {}
         self._built: dict[int, list[NamedTensor]] = {}
         self._whole: dict[int, GradientSlot] = {}  # gradients of tensors that are built
-        first = 0
-        self._first: list[int] = []  # of each link: the number of its first argument
-        for stage in chain.stages:
-            self._first.append(first)
-            first += len(stage.arguments)
-
-    def use(self) -> None:
-        """Let the graph's modes have this chain's sizes."""
-        self.code.sizes.use(self.given.number, self.chain.sizes)
-        if self.given.ids is not None:
-            self.code.sizes[ROW] = self.code.length(self.given.ids, 0)
+        self._arguments = [argument for stage in self.chain.stages for argument in stage.arguments]
+        # of each link: the number of its first argument
+        self._first = [*accumulate((len(stage.arguments) for stage in self.chain.stages), initial=0)]
+        self.ids = graph.take("ids") if graph.kind.by_task else None  # the task of each row
+        self.training = graph.take("training") if any(stage.dropout for stage in self.chain.stages) else None
+        self.code.sizes.use(number, self.chain.sizes)
+        if self.ids is not None:
+            self.code.sizes[ROW] = self.code.length(self.ids, 0)
 
     # Tensors
 
@@ -97,19 +81,22 @@ class ChainCode:
 
     def _argument(self, number: int) -> NamedTensor:
         """An argument; one that has tasks as the rows of the batch choose from it."""
-        argument = [argument for stage in self.chain.stages for argument in stage.arguments][number]
-        node = self.given.argument(number)
+        argument, node = self._arguments[number], self._given(number)
         if argument.base is not None:
             for axis, cut in enumerate(argument.cut):
-                index = self.given.index(f"take{argument.operands[0]}_{axis}_") if cut else None
-                node = node if index is None else self.code.once("index_select", node, axis, index)
+                if cut:
+                    index = self.graph.take(f"take{argument.operands[0]}_{axis}_{self.number}")
+                    node = self.code.once("index_select", node, axis, index)
             whole = NamedTensor(node, argument.base, frozenset({0}))  # Conv1D holds it the other way round
-            return NamedTensor(
-                self.code.grouped(whole, argument.axes), argument.axes, frozenset({len(argument.base[0]) - 1})
-            )
+            gaps = frozenset({len(argument.base[0]) - 1})
+            return NamedTensor(self.code.grouped(whole, argument.axes), argument.axes, gaps)
         if (ROW,) in argument.axes:
-            node = self.code.once("index_select", node, argument.axes.index((ROW,)), self.given.ids)
+            node = self.code.once("index_select", node, argument.axes.index((ROW,)), self.ids)
         return NamedTensor(node, argument.axes)
+
+    def _given(self, number: int) -> fx.Node:
+        argument = self.graph.kind.arguments[self.number][number]
+        return self.graph.take("w" if argument < 0 else f"p{argument}")
 
     def _build(self, link: int, stage: Stage) -> NamedTensor:
         """The tensor of a link, of its arguments; ``_built`` keeps them and what comes of each step."""
@@ -129,21 +116,15 @@ class ChainCode:
             activation = trace.inputs[link] = self.code.arranged(activation, tensor, stage.link.after)
             activation = self.code.contract(activation, tensor, stage.link.after)
             if stage.dropout:
-                dropped = self.code.call(ops.dropout, activation.node, stage.dropout, self.given.training)
+                dropped = self.code.call(ops.dropout, activation.node, stage.dropout, self.training)
                 trace.masks[link] = self.code.call(getitem, dropped, 1), activation.axes
                 activation = NamedTensor(self.code.call(getitem, dropped, 0), activation.axes)
-        keep = self.chain.stages[last].link.after
-        trace.inputs[last] = self.code.arranged(activation, self._outline(last), keep, each_site=True)
-
-        if self.chain.stages[last].link.at_site:
-            trace.tensor = self.tensor(last)
-
-    def _outline(self, link: int) -> NamedTensor:
-        """A link's tensor as it will be, before anything of it is emitted."""
-        stage = self.chain.stages[link]
+        stage = self.chain.stages[last]
         if stage.link.at_site:
-            return self.tensor(link)
-        return NamedTensor(self.given.argument(self._first[link]), stage.arguments[0].axes)
+            tensor = trace.tensor = self.tensor(last)
+        else:  # as it will be: nothing of it is emitted here
+            tensor = NamedTensor(self._given(self._first[last]), stage.arguments[0].axes)
+        trace.inputs[last] = self.code.arranged(activation, tensor, stage.link.after, each_site=True)
 
     def add_update(self, trace: ChainTrace, member: int, y: NamedTensor) -> bool:
         """Add the update at one site to its output, in place; False, and nothing done, where that takes more than a kernel."""
@@ -160,9 +141,21 @@ class ChainCode:
 
     # Backward
 
-    def backward_epilogue(
-        self, gradients: dict[int, NamedTensor], trace: ChainTrace, slot: GradientSlot | None
-    ) -> None:
+    def backward(self, gradients: Members, trace: ChainTrace, into: GradientSlot | None, stop: int = 0) -> None:
+        """From the gradients of the outputs at some sites to that of what meets link ``stop``, which goes to ``into``."""
+        last = len(self.chain.stages) - 1
+        slot = into if last == stop else GradientSlot(self.code, trace.inputs[last].modes)
+        self._backward_epilogue(gradients, trace, slot)
+        for link in range(last - 1, stop - 1, -1):
+            assert slot is not None
+            tensor, activation = self.tensor(link), trace.inputs[link]
+            gradient = self.code.arranged(self._undropped(link, slot.found, trace), tensor, activation.modes)
+            self.gradient(link, gradient, activation)
+            slot = into if link == stop else GradientSlot(self.code, activation.modes)
+            if slot is not None:
+                slot.add(gradient, tensor)
+
+    def _backward_epilogue(self, gradients: Members, trace: ChainTrace, slot: GradientSlot | None) -> None:
         """From the gradients of the outputs at the sites, some or all, to that of what the last link meets."""
         last = len(self.chain.stages) - 1
         activation, tensor, alpha = trace.inputs[last], self.tensor(last), self.chain.alpha
@@ -186,13 +179,13 @@ class ChainCode:
         if slot is not None:
             slot.filled = True
         if last in self._whole:
-            self._unbuild(last, self.chain.stages[last], self._whole[last].found)
+            self._unbuild(last)
 
     def _part(self, slot: GradientSlot, number: int) -> GradientSlot:
         part = self.code.member(slot.found, number)
         return GradientSlot(self.code, part.modes, part, slot.filled)
 
-    def _together(self, gradients: dict[int, NamedTensor]) -> NamedTensor:
+    def _together(self, gradients: Members) -> NamedTensor:
         first = next(iter(gradients.values()))
         nodes = [self.code.grouped(gradient, first.axes) for gradient in gradients.values()]
         missing = self.chain.members - len(nodes)
@@ -200,17 +193,6 @@ class ChainCode:
             zero = self.code.call(torch.zeros_like, nodes[0])
             nodes = [nodes.pop(0) if number in gradients else zero for number in range(self.chain.members)]
         return NamedTensor(self.code.call(torch.stack, nodes), ((SITE,), *first.axes))
-
-    def backward(self, trace: ChainTrace, slot: GradientSlot, dx: GradientSlot | None, stop: int = 0) -> None:
-        """From the gradient of the last link's activation to that of what meets link ``stop``, which goes to ``dx``."""
-        for link in range(len(self.chain.stages) - 2, stop - 1, -1):
-            tensor, activation = self.tensor(link), trace.inputs[link]
-            gradient = self.code.arranged(self._undropped(link, slot.found, trace), tensor, activation.modes)
-            self.gradient(link, gradient, activation)
-            into = dx if link == stop else GradientSlot(self.code, activation.modes)
-            if into is not None:
-                into.add(gradient, tensor)
-                slot = into
 
     def _undropped(self, link: int, gradient: NamedTensor, trace: ChainTrace) -> NamedTensor:
         if link not in trace.masks:
@@ -222,44 +204,34 @@ class ChainCode:
     # Gradients of arguments
 
     def _trains(self, link: int) -> bool:
-        return self.given.into is not None and self.chain.stages[link].link.trainable
+        return self.gradients and self.chain.stages[link].link.trainable
 
     def gradient(self, link: int, a: NamedTensor, b: NamedTensor, alpha: float = 1, member: int | None = None) -> None:
         """Add the product of an activation and a gradient to that of a link's tensor; to that of one site, or whole."""
-        stage = self.chain.stages[link]
-        if not self._trains(link):
-            return
-        if stage.link.at_site:
-            self._gradient_of_built(link, stage, a, b, alpha, member)
-        else:
-            self._deliver(self._first[link], stage.arguments[0], a, b, alpha, member)
+        if self._trains(link):
+            if self.chain.stages[link].link.at_site:
+                self._gradient_of_built(link, a, b, alpha, member)
+            else:
+                self._deliver(self._first[link], a, b, alpha, member)
 
     def _deliver(
-        self,
-        number: int,
-        argument: Argument,
-        a: NamedTensor,
-        b: NamedTensor,
-        alpha: float = 1,
-        member: int | None = None,
+        self, number: int, a: NamedTensor, b: NamedTensor, alpha: float = 1, member: int | None = None
     ) -> None:
-        assert self.given.into is not None
-        node = self.given.into(number)
-        into = NamedTensor(node, argument.axes)
-        into = into if member is None else self.code.member(into, member)
+        name = f"into{self.graph.kind.arguments[self.number][number]}"
+        node = self.graph.take(name)
+        axes = self._arguments[number].axes
+        into = NamedTensor(node, axes) if member is None else self.code.member(NamedTensor(node, axes), member)
         if (ROW,) in into.axes:
             found = self.code.grouped(self.code.contract(a, b, into.modes, alpha), into.axes)
-            self.code.call("index_add_", into.node, into.axes.index((ROW,)), self.given.ids, found)
+            self.code.call("index_add_", into.node, into.axes.index((ROW,)), self.ids, found)
         elif not self.code.add(into, a, b, alpha):
             result = self.code.contract(a, b, into.modes, alpha)
-            if into.node is node and number not in self.parts:
-                self.parts[number] = self.code.grouped(result, argument.axes)
+            if into.node is node and name not in self.parts:
+                self.parts[name] = self.code.grouped(result, axes)
             else:
                 self.code.put(into, result)
 
-    def _gradient_of_built(
-        self, link: int, stage: Stage, a: NamedTensor, b: NamedTensor, alpha: float, member: int | None
-    ) -> None:
+    def _gradient_of_built(self, link: int, a: NamedTensor, b: NamedTensor, alpha: float, member: int | None) -> None:
         """Of a tensor that was built; whole, it goes on to its arguments, and else when all sites have brought their share."""
         tensor = self.tensor(link)
         if member is None or SITE not in tensor.modes:
@@ -272,18 +244,19 @@ class ChainCode:
             part = self.code.member(self._whole[link].found, member)
             self.code.accumulate(part, a, b, alpha, keep=False)
         if member is None:
-            self._unbuild(link, stage, self._whole[link].found)
+            self._unbuild(link)
 
-    def _unbuild(self, link: int, stage: Stage, gradient: NamedTensor) -> None:
-        made, n_arguments, pairs = self._built[link], len(stage.arguments), stage.link.pairs
+    def _unbuild(self, link: int) -> None:
+        """Bring the gradient of a tensor that was built to its arguments."""
+        stage, made = self.chain.stages[link], self._built[link]
+        n_arguments, pairs = len(stage.arguments), stage.link.pairs
         wanted = [argument.trainable for argument in stage.arguments]
-        for one, other in pairs:
-            wanted.append(wanted[one] or wanted[other])
-        arrived = {len(made) - 1: gradient}
+        wanted += (wanted[one] or wanted[other] for one, other in pairs)  # each asks those before it
+        arrived = {len(made) - 1: self._whole[link].found}
         for number in range(len(made) - 1, n_arguments - 1, -1):
             one, other = pairs[number - n_arguments]
             for mine, its in ((one, other), (other, one)):
                 if wanted[mine] and mine < n_arguments:
-                    self._deliver(self._first[link] + mine, stage.arguments[mine], arrived[number], made[its])
+                    self._deliver(self._first[link] + mine, arrived[number], made[its])
                 elif wanted[mine]:
                     arrived[mine] = self.code.contract(arrived[number], made[its], made[mine].modes)

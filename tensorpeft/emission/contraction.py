@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -35,6 +36,11 @@ class _Roles:
     left: Modes
     right: Modes
     summed: Modes
+
+    @property
+    def of_result(self) -> tuple[Modes, ...]:
+        """The axes of a product of matrices, or of a batch of them."""
+        return (*((self.batch,) if self.batch else ()), self.left, self.right)
 
 
 class ModeSizes(dict[str, "int | fx.Node"]):
@@ -76,14 +82,8 @@ class Code:
     def placeholder(self, name: str) -> fx.Node:
         """A new input; inputs come before everything else."""
         before = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
-        inputs = [node for node in self.graph.nodes if node.op == "placeholder"]
-        if before is not None:
-            with self.graph.inserting_before(before):
-                return self.graph.placeholder(name)
-        if inputs:
-            with self.graph.inserting_after(inputs[-1]):
-                return self.graph.placeholder(name)
-        return self.graph.placeholder(name)
+        with self.graph.inserting_before(before) if before else nullcontext():
+            return self.graph.placeholder(name)
 
     # Views
 
@@ -161,17 +161,18 @@ class Code:
 
     def _shape(self, axes: Iterable[Modes]) -> tuple[int | fx.Node, ...]:
         shape = [self.size(axis) for axis in axes]
-        rows = [n for n, size in enumerate(shape) if isinstance(size, fx.Node)]
-        if rows and -1 not in shape:
-            shape[rows[0]] = -1
+        row = next((n for n, size in enumerate(shape) if isinstance(size, fx.Node)), None)
+        if row is not None and -1 not in shape:
+            shape[row] = -1
         return tuple(shape)
 
     def size(self, axis: Modes) -> int | fx.Node:
         """How long an axis is; -1 where tokens are in it."""
         if TOKEN in axis:
             return -1
-        known = prod(size for mode in axis if isinstance(size := self.sizes[mode], int))
-        rows = [size for mode in axis if isinstance(size := self.sizes[mode], fx.Node)]
+        sizes = [self.sizes[mode] for mode in axis]
+        known = prod(size for size in sizes if isinstance(size, int))
+        rows = [size for size in sizes if isinstance(size, fx.Node)]
         return known if not rows else rows[0] if known == 1 else self.call(operator.mul, rows[0], known)
 
     # Contractions
@@ -182,20 +183,15 @@ class Code:
         if not roles.summed or self._by_sum(a, roles):
             return self._elementwise(a, b, roles, alpha)
         x, y = self._matrices(a, b, roles)
-        if roles.batch:
-            node = self._product(torch.bmm, torch.baddbmm, x, y, alpha)
-        else:
-            node = self._product(torch.mm, torch.addmm, x, y, alpha)
-        groups = (*((roles.batch,) if roles.batch else ()), roles.left, roles.right)
+        if alpha == 1:
+            node = self.call(torch.bmm if roles.batch else torch.mm, x, y)
+        else:  # in one kernel: what is scaled is added to nothing
+            scaled, nothing = torch.baddbmm if roles.batch else torch.addmm, self.call("new_empty", x, ())
+            node = self.call(scaled, nothing, x, y, beta=0, alpha=alpha)
+        groups = roles.of_result
         for n in reversed([n for n, group in enumerate(groups) if not group]):
             node = self.call(operator.getitem, node, 0) if n == 0 else self.call("squeeze", node, n)
         return NamedTensor(node, tuple(group for group in groups if group))
-
-    def _product(self, plain: Any, scaled: Any, x: fx.Node, y: fx.Node, alpha: float) -> fx.Node:
-        """``alpha`` times a product of matrices in one kernel: what is scaled is added to nothing."""
-        if alpha == 1:
-            return self.call(plain, x, y)
-        return self.call(scaled, self.call("new_empty", x, ()), x, y, beta=0, alpha=alpha)
 
     def add(self, into: NamedTensor, a: NamedTensor, b: NamedTensor, alpha: float = 1) -> bool:
         """Add ``alpha`` times a product to ``into``, in its memory, in one kernel; False, and nothing done, if none can."""
@@ -226,7 +222,7 @@ class Code:
             return True
         if self._by_sum(a, roles):
             return False
-        groups = (*((roles.batch,) if roles.batch else ()), roles.left, roles.right)
+        groups = roles.of_result
         if self.view(into, tuple(group for group in groups if group)) is None:
             return False
         target, (x, y) = self._matrix(into, groups), self._matrices(a, b, roles)
@@ -243,13 +239,9 @@ class Code:
     def _roles(self, a: NamedTensor, b: NamedTensor, keep: frozenset[str]) -> _Roles:
         """The modes of each role, in a's order unless b's saves a copy."""
         left, right = (tuple(m for m in one.modes if m not in other.modes) for one, other in ((a, b), (b, a)))
-        both = {*a.modes}.intersection(b.modes)
-        found = []
-        for first in (a, b):
-            batch, summed = (
-                tuple(m for m in first.modes if m in both and (m in keep) == kept) for kept in (True, False)
-            )
-            found.append(_Roles(batch, left, right, summed))
+        both = [[m for m in one.modes if m in other.modes] for one, other in ((a, b), (b, a))]
+        split = [[tuple(m for m in each if (m in keep) == kept) for kept in (True, False)] for each in both]
+        found = [_Roles(batch, left, right, summed) for batch, summed in split]
         return min(found, key=lambda roles: self._copies(a, b, roles))
 
     def _copies(self, a: NamedTensor, b: NamedTensor, roles: _Roles) -> int:
@@ -272,14 +264,14 @@ class Code:
         return self._matrix(a, (*lead, roles.left, roles.summed)), self._matrix(b, (*lead, roles.summed, roles.right))
 
     def _matrix(self, tensor: NamedTensor, groups: tuple[Modes, ...]) -> fx.Node:
-        node = self.grouped(tensor, tuple(group for group in groups if group))
-        for n, group in enumerate(groups):
-            if not group:
-                node = self._unsqueezed(node, n)
-        return node
+        return self._unsqueezed(self.grouped(tensor, tuple(group for group in groups if group)), map(bool, groups))
 
-    def _unsqueezed(self, node: fx.Node, axis: int) -> fx.Node:
-        return self.once(operator.getitem, node, None) if axis == 0 else self.once("unsqueeze", node, axis)
+    def _unsqueezed(self, node: fx.Node, there: Iterable[bool]) -> fx.Node:
+        """A tensor with axes of size 1 where some are not ``there``."""
+        for n, is_there in enumerate(there):
+            if not is_there:
+                node = self.once("unsqueeze", node, n) if n else self.once(operator.getitem, node, None)
+        return node
 
     def _elementwise(self, a: NamedTensor, b: NamedTensor, roles: _Roles, alpha: float) -> NamedTensor:
         """The product with broadcasting, summed where something is."""
@@ -320,21 +312,15 @@ class Code:
         return tuple(runs)
 
     def _same(self, run: Modes, mode: str, a: NamedTensor, b: NamedTensor, apart: frozenset[str]) -> bool:
-        if (mode in apart) != (run[-1] in apart):
+        if any((mode in modes) != (run[-1] in modes) for modes in (apart, a.modes, b.modes)):
             return False
-        held = [tensor for tensor in (a, b) if mode in tensor.modes]
-        if held != [tensor for tensor in (a, b) if run[-1] in tensor.modes]:
-            return False
-        return all(self._start(tensor, (*run, mode)) is not None for tensor in held)
+        return all(self._start(tensor, (*run, mode)) is not None for tensor in (a, b) if mode in tensor.modes)
 
     def _aligned(self, tensor: NamedTensor, segments: tuple[Modes, ...]) -> fx.Node:
         """The tensor over the segments, of size 1 in those that it lacks; broadcasting sees to those before its first."""
         mine = tuple(segment for segment in segments if segment[0] in tensor.modes)
-        node = self.grouped(tensor, mine)
-        for n, segment in enumerate(segments[segments.index(mine[0]) :] if mine else ()):
-            if segment not in mine:
-                node = self._unsqueezed(node, n)
-        return node
+        behind = segments[segments.index(mine[0]) :] if mine else ()
+        return self._unsqueezed(self.grouped(tensor, mine), (segment in mine for segment in behind))
 
     # Parts of a tensor
 
@@ -350,19 +336,17 @@ class Code:
             return replace(one_site(tensor), node=self.once("narrow", tensor.node, at, number * width, width))
         parts = (axis[: axis.index(SITE)], (SITE,), axis[axis.index(SITE) + 1 :])
         whole = (*tensor.axes[:at], *(part for part in parts if part), *tensor.axes[at + 1 :])
-        node, axis_of_sites = self._split(tensor, whole), whole.index((SITE,))
-        if axis_of_sites == 0:
-            return replace(one_site(tensor), node=self.once(operator.getitem, node, number))
-        return replace(one_site(tensor), node=self.once("select", node, axis_of_sites, number))
+        node, at = self._split(tensor, whole), whole.index((SITE,))
+        part = self.once("select", node, at, number) if at else self.once(operator.getitem, node, number)
+        return replace(one_site(tensor), node=part)
 
     def empty(self, like: fx.Node, modes: Modes) -> NamedTensor:
         """A new tensor with one axis for each mode; ``like`` gives dtype and device."""
-        shape = tuple(self._tokens() if mode == TOKEN else self.size((mode,)) for mode in modes)
+        assert self.tokens is not None or TOKEN not in modes
+        shape = tuple(
+            self.length(*self.tokens) if mode == TOKEN and self.tokens else self.size((mode,)) for mode in modes
+        )
         return NamedTensor(self.call("new_empty", like, shape), tuple((mode,) for mode in modes))
-
-    def _tokens(self) -> fx.Node:
-        assert self.tokens is not None
-        return self.length(*self.tokens)
 
     def length(self, node: fx.Node, axis: int) -> fx.Node:
         """How long an axis of a tensor is when the code runs."""

@@ -17,15 +17,16 @@ import torch
 from torch import Tensor, fx
 
 from tensorpeft.emission.index import Index
-from tensorpeft.emission.input_kind import FusedProjection, ModuleSite, SetKind
-from tensorpeft.emission.lowering import LoweredChain, lower_chains
+from tensorpeft.emission.lowering import FusedProjection, LoweredChain, ModuleSite, SetKind, lower_chains
 from tensorpeft.emission.program import SetProgram, program
-from tensorpeft.emission.prologue import Part, PrologueCode
+from tensorpeft.emission.prologue import PrologueCode, StackPart
 from tensorpeft.model.shape import Rows, Site
 from tensorpeft.network.network import Group, Term
 from tensorpeft.planning.chain import Bundles
 from tensorpeft.planning.plan import Plan
 from tensorpeft.planning.shared_inputs import InputSet
+
+SitePlace = tuple[int, int, Rows | None]  # a site's bundle, its number there, and its rows
 
 
 @dataclass(frozen=True)
@@ -67,10 +68,8 @@ class Emitted:
         counts = Counter(call.program for call in self.sets)
         for call in {call.program: call for call in reversed(self.sets)}.values():
             modules = ", ".join(site.module for site in call.modules)
-            read, changed = (
-                ("output" if call.at == "output" else "input"),
-                ("input" if call.at == "input" else "output"),
-            )
+            read = "output" if call.at == "output" else "input"
+            changed = "input" if call.at == "input" else "output"
             where = f"at {counts[call.program]} {read}s like that of {modules}"
             yield f"{where}: what its sites have in common", listing("forward", call.program.forward.code)
             for function, site in zip(call.program.epilogues, call.modules, strict=True):
@@ -96,28 +95,15 @@ def emit(plan: Plan) -> Emitted:
     return Emitted(code, tuple(prologue.inputs), indices, tuple(calls))
 
 
-def taken(term: Term) -> dict[str, Index]:
-    """The positions of the base weight that a product reads, by name, for each axis that masks cut."""
-    return {
-        f"take{number}_{axis}_": Index.of(np.array(positions))
-        for number, operand in enumerate(term.operands)
-        if operand.is_base
-        for axis, positions in enumerate(operand.take)
-        if positions is not None
-    }
-
-
 def _signature(plan: Plan, each: InputSet) -> object:
     """Sets of one signature have their sites in the same groups, and in modules of the same make."""
     return tuple((bundle.group, len(bundle.sites)) for bundle in each.bundles), _modules(plan, each)[1]
 
 
-def _modules(
-    plan: Plan, each: InputSet
-) -> tuple[dict[str, list[Site]], tuple[tuple[tuple[int, int, Rows | None], ...], ...]]:
+def _modules(plan: Plan, each: InputSet) -> tuple[dict[str, list[Site]], tuple[tuple[SitePlace, ...], ...]]:
     """The modules of a set with their sites; and for each site its bundle, its number there, and its rows."""
     sites: dict[str, list[Site]] = defaultdict(list)
-    sites_of: dict[str, list[tuple[int, int, Rows | None]]] = defaultdict(list)
+    sites_of: dict[str, list[SitePlace]] = defaultdict(list)
     for at, bundle in enumerate(each.bundles):
         for member, number in enumerate(bundle.sites):
             site = plan.groups[bundle.group].group.sites[number]
@@ -132,7 +118,7 @@ def _kind(plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> list[SetC
     found, sites_of = _modules(plan, sets[0])
     kind = SetKind(
         chains=tuple(given.chains),
-        arguments=tuple(map(tuple, given.arguments)),
+        arguments=tuple(given.arguments),
         trainable=tuple(given.trainable),
         projections=given.projections(),
         modules=tuple(
@@ -143,12 +129,9 @@ def _kind(plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> list[SetC
         dropout=dict(plan.network.spec.dropout).get("x", 0.0),
     )
     at = plan.groups[sets[0].bundles[0].group].group.at
-    calls = []
-    for n, each in enumerate(sets):
-        modules = tuple(sites[0] for sites in _modules(plan, each)[0].values())
-        arguments = tuple((stack, rows[n]) for stack, rows in given.stacks)
-        calls.append(SetCall(program(kind), at, modules, arguments, given.indices))
-    return calls
+    modules = [tuple(sites[0] for sites in _modules(plan, each)[0].values()) for each in sets]
+    arguments = [tuple((stack, rows[n]) for stack, rows in given.stacks) for n in range(len(sets))]
+    return [SetCall(program(kind), at, *each, given.indices) for each in zip(modules, arguments, strict=True)]
 
 
 class SetInputs:
@@ -160,9 +143,9 @@ class SetInputs:
         self.of_bundle: list[tuple[int, ...]] = []
         self.stacks: list[tuple[int, tuple[int, ...]]] = []  # of each argument: its stack, and the row of each set
         self.trainable: list[bool] = []
-        self.arguments: list[list[int]] = []  # of each chain
+        self.arguments: list[tuple[int, ...]] = []  # of each chain
         self.indices: dict[str, Index] = {}
-        self._first: dict[int, Part] = {}  # of each chain that shares its first link
+        self._first: dict[int, StackPart] = {}  # of each chain that shares its first link
         dropout = dict(plan.network.spec.dropout)
         for at, bundle in enumerate(sets[0].bundles):
             planned = plan.groups[bundle.group]
@@ -174,27 +157,30 @@ class SetInputs:
     def _add(self, group: Group, term: Term, chain: LoweredChain, bundles: Bundles) -> None:
         number = len(self.chains)
         self.chains.append(chain)
-        self.arguments.append([])
+        numbers = []
         for stage in chain.stages:
             for argument in stage.arguments:
-                part = None if argument.is_base else self.prologue.part(group, term, stage.link, argument, bundles)
-                if part is None or (chain.has_projection and stage is chain.stages[0]):
-                    self.arguments[-1].append(-1)
-                else:
-                    self.arguments[-1].append(self._argument([part], argument.trainable))
+                numbers.append(-1)  # what it keeps where it is the base weight, or in a projection
+                if argument.is_base:
+                    continue
+                part = self.prologue.part(group, term, stage.link, argument, bundles)
                 if chain.has_projection and stage is chain.stages[0]:
-                    assert part is not None
                     self._first[number] = part
+                else:
+                    numbers[-1] = self._argument([part], argument.trainable)
+        self.arguments.append(tuple(numbers))
         if term.columns is not None:
             self.indices[f"columns{number}"] = Index.of(term.columns)
-        for name, positions in taken(term).items():
-            self.indices[f"{name}{number}"] = positions
+        for i, operand in enumerate(term.operands):
+            for axis, positions in enumerate(operand.take if operand.is_base else ()):
+                if positions is not None:
+                    self.indices[f"take{i}_{axis}_{number}"] = Index.of(np.array(positions))
         if term.rows is not None:
             for member, site in enumerate(bundles[0]):
                 rows = group.sites[site].row_indices()[term.rows]
                 self.indices[f"rows{number}_{member}"] = Index.of(rows)
 
-    def _argument(self, parts: Sequence[Part], trainable: bool) -> int:
+    def _argument(self, parts: Sequence[StackPart], trainable: bool) -> int:
         self.stacks.append(self.prologue.stack(parts))
         self.trainable.append(trainable)
         return len(self.stacks) - 1
@@ -204,8 +190,7 @@ class SetInputs:
         classes: dict[tuple[bool, bool], dict[tuple[object, ...], list[int]]] = defaultdict(dict)
         for number, part in self._first.items():
             trainable = self.chains[number].stages[0].link.trainable
-            same = classes[trainable, part.count > 1].setdefault((part.node, part.rows), [])
-            same.append(number)
+            classes[trainable, part.count > 1].setdefault((part.node, part.rows), []).append(number)
         projections = []
         for (trainable, _), alike in classes.items():
             parts = [self._first[numbers[0]] for numbers in alike.values()]

@@ -18,11 +18,10 @@ from operator import getitem
 from torch import fx
 
 from tensorpeft.emission import ops
-from tensorpeft.emission.chain_code import ROW, ChainTrace
+from tensorpeft.emission.chain_code import ChainCode, ChainTrace
 from tensorpeft.emission.contraction import Code
-from tensorpeft.emission.graph import INPUT, OUTPUT, PROJECTION, Function, SetGraph, rows_of
-from tensorpeft.emission.input_kind import FusedProjection, ModuleSite, SetKind
-from tensorpeft.emission.lowering import LoweredChain
+from tensorpeft.emission.graph import INPUT, OUTPUT, PROJECTION, ROW, Function, SetGraph, rows_of
+from tensorpeft.emission.lowering import FusedProjection, LoweredChain, ModuleSite, SetKind
 from tensorpeft.emission.named_tensor import Modes, NamedTensor
 from tensorpeft.planning.orders import TOKEN
 
@@ -57,16 +56,12 @@ class SetCode:
         projections = {chain: projection for projection in self.kind.projections for chain, _, _ in projection.columns}
         results = {projection: self._projection(projection) for projection in self.kind.projections}
         for number, chain in enumerate(self.kind.chains):
-            emitted = self.graph.chain(number)
-            emitted.use()
-            if number in projections:
-                emitted.forward(
-                    self.columns(code, results[projections[number]], projections[number], number),
-                    self.traces[number],
-                    1,
-                )
+            emitted = ChainCode(self.graph, number)
+            if (projection := projections.get(number)) is None:
+                emitted.forward(self._input(chain, number), self.traces[number])
             else:
-                emitted.forward(self._input(self.graph, chain, number), self.traces[number])
+                columns = self.columns(code, results[projection], projection, number)
+                emitted.forward(columns, self.traces[number], 1)
 
     def _projection(self, projection: FusedProjection) -> NamedTensor:
         code = self.graph.code
@@ -88,9 +83,9 @@ class SetCode:
         parts = code.once("split_with_sizes", whole.node, tuple(widths.values()), -1)
         return NamedTensor(code.once(getitem, parts, [*widths].index(first)), axes, frozenset({len(axes) - 2}))
 
-    def _input(self, graph: SetGraph, chain: LoweredChain, number: int) -> NamedTensor:
+    def _input(self, chain: LoweredChain, number: int) -> NamedTensor:
         if chain.columns:
-            columns = graph.code.once("index_select", self.x, -1, graph.take(f"columns{number}"))
+            columns = self.graph.code.once("index_select", self.x, -1, self.graph.take(f"columns{number}"))
             return NamedTensor(columns, (*self.lead, chain.d_in))
         return self.input(chain.d_in)
 
@@ -121,44 +116,35 @@ class SetCode:
         """Add the updates of a module's sites to its output."""
         graph = SetGraph(kind)
         whole = graph.take("y")  # first: what calls it has the rest at hand before there is an output
-        found = graph.flat("y", (OUTPUT,), kind.d_out[module], in_place=in_place)
-        y, lead = found.node, found.axes[:-1]
+        y = graph.flat("y", (OUTPUT,), kind.d_out[module], in_place=in_place)
         for site in kind.modules[module]:
             for number in site.chains:
-                y = self._add_update(graph, y, lead, site, number, in_place=in_place)
-        return graph.finish(
-            whole if in_place else graph.code.call("reshape", y, graph.code.call(getattr, whole, "shape")),
-            ("y",),
-            "Epilogue",
-        )
+                added = self._add_update(graph, y, site, number, in_place=in_place)
+                y = y if in_place else replace(y, node=added)
+        shape = None if in_place else graph.code.call(getattr, whole, "shape")
+        result = whole if in_place else graph.code.call("reshape", y.node, shape)
+        return graph.finish(result, ("y",), "Epilogue")
 
     def _add_update(
-        self, graph: SetGraph, y: fx.Node, lead: tuple[Modes, ...], site: ModuleSite, number: int, *, in_place: bool
+        self, graph: SetGraph, whole: NamedTensor, site: ModuleSite, number: int, *, in_place: bool
     ) -> fx.Node:
+        """The output with the update of one chain at a site, by one kernel where there is one."""
         chain, code, rows = graph.kind.chains[number], graph.code, site.rows
-        emitted = graph.chain(number)
-        emitted.use()
+        emitted = ChainCode(graph, number)
         last = len(chain.stages) - 1
         built = self.traces[number].tensor
         trace = ChainTrace({last: self.export(graph, self.traces[number].inputs[last])})
         trace.tensor = None if built is None else self.export(graph, built)
-        axes = (*lead, chain.d_out)
+        y = NamedTensor(whole.node, (*whole.axes[:-1], chain.d_out))
         if in_place and not chain.kept:
-            target = rows_of(graph, NamedTensor(y, axes), rows)
+            target = rows_of(graph, y, rows)
             if target is not None and emitted.add_update(trace, site.member, target):
-                return y
-        node = code.grouped(emitted.update(trace, site.member, NamedTensor(y, axes).modes), axes)
-        added = self._added(graph, y, node, number, site, in_place=in_place)
-        return y if in_place else added
-
-    def _added(
-        self, graph: SetGraph, y: fx.Node, update: fx.Node, number: int, site: ModuleSite, *, in_place: bool
-    ) -> fx.Node:
-        rows = site.rows
-        if graph.kind.chains[number].kept:
+                return y.node
+        update = code.grouped(emitted.update(trace, site.member, y.modes), y.axes)
+        if chain.kept:
             index = graph.take(f"rows{number}_{site.member}")
-            return graph.code.call("index_add_" if in_place else "index_add", y, -1, index, update)
+            return code.call("index_add_" if in_place else "index_add", y.node, -1, index, update)
         if rows is None:
-            return graph.code.call("add_" if in_place else "add", y, update)
+            return code.call("add_" if in_place else "add", y.node, update)
         function = ops.add_rows_ if in_place else ops.with_rows
-        return graph.code.call(function, y, update, rows.offset, rows.count, rows.period)
+        return code.call(function, y.node, update, rows.offset, rows.count, rows.period)

@@ -11,19 +11,16 @@ from typing import Any
 from torch import fx
 from torch.fx.node import Argument as FxArgument
 
-from tensorpeft.emission.chain_code import ROW, ChainCode, ChainInputs
 from tensorpeft.emission.contraction import Code
-from tensorpeft.emission.input_kind import SetKind
 from tensorpeft.emission.intern import module
+from tensorpeft.emission.lowering import SetKind
 from tensorpeft.emission.named_tensor import Modes, NamedTensor
 from tensorpeft.model.shape import Rows
 from tensorpeft.planning.orders import TOKEN
 
-INPUT, OUTPUT, PROJECTION = (
-    "<input>",
-    "<output>",
-    "<projection>",
-)  # all features of the input, of an output; all columns of a projection
+# all features of the input, of an output; all columns of a projection
+INPUT, OUTPUT, PROJECTION = "<input>", "<output>", "<projection>"
+ROW = "task"  # of an activation: the row of the batch, whose task chooses among a factor's
 
 
 @dataclass(frozen=True)
@@ -38,8 +35,7 @@ class Function:
     @cached_property
     def run(self) -> Callable[..., Any]:
         """The code, to be called."""
-        found: Callable[..., Any] = self.code.forward
-        return found
+        return self.code.forward
 
     @cached_property
     def pick(self) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
@@ -92,26 +88,6 @@ class SetGraph:
         self.features[node] = n_features
         return NamedTensor(node, (*(((ROW,),) if lead else ()), (TOKEN,), features), gaps)
 
-    def chain(self, number: int, *, gradients: bool = False) -> ChainCode:
-        """The code of a chain in this graph."""
-        chain, numbers = self.kind.chains[number], self.kind.arguments[number]
-
-        def argument(n: int) -> fx.Node:
-            return self.take("w" if numbers[n] < 0 else f"p{numbers[n]}")
-
-        def into(n: int) -> fx.Node:
-            return self.take(f"into{numbers[n]}")
-
-        given = ChainInputs(
-            argument,
-            index=lambda what: self.take(f"{what}{number}"),
-            number=number,
-            ids=self.take("ids") if self.kind.by_task else None,
-            training=self.take("training") if any(stage.dropout for stage in chain.stages) else None,
-            into=into if gradients else None,
-        )
-        return ChainCode(self.code, chain, given)
-
     def finish(self, outputs: FxArgument, returns: tuple[str, ...], name: str) -> Function:
         self.code.graph.output(outputs)
         code = module(self.code.graph, name)
@@ -124,6 +100,5 @@ def rows_of(graph: SetGraph, y: NamedTensor, rows: Rows | None) -> NamedTensor |
         return y
     if rows.period != graph.features[y.node]:
         return None
-    return NamedTensor(
-        graph.code.once("narrow", y.node, -1, rows.offset, rows.count), y.axes, frozenset({len(y.axes) - 2})
-    )
+    node = graph.code.once("narrow", y.node, -1, rows.offset, rows.count)
+    return NamedTensor(node, y.axes, frozenset({len(y.axes) - 2}))

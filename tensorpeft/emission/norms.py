@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from operator import getitem
 
 import numpy as np
@@ -35,9 +35,9 @@ class NormCode(PrologueCode):
             term.operands[i] for p in plans for term, each in p.products for link in each.links for i in link.operands
         )
         super().__init__(dict.fromkeys(operand.block.name for operand in used))
-        given = [
-            [self.graph.placeholder(f"{what}{n}") for what in (*_matrices(p), "known")] for n, p in enumerate(plans)
-        ]
+        matrices = [() if p.is_dense else range(len(p.group.sites)) for p in plans]
+        names = [(*(f"w{i}_{n}" for i in sites), f"known{n}") for n, sites in enumerate(matrices)]
+        given = [[self.graph.placeholder(name) for name in each] for each in names]
         found = [
             known if p.is_dense else self._narrow(p, matrices, known)
             for p, (*matrices, known) in zip(plans, given, strict=True)
@@ -56,11 +56,8 @@ class NormCode(PrologueCode):
             kept, summed = (each[0] if n == 1 else self._call(torch.cat, each, -1) for each in zip(*sides, strict=True))
             of_site = self._call("unbind", summed)
             own = [self._call(ops.times, w, self._call(getitem, of_site, i)) for i, w in enumerate(matrices)]
-            twice = (
-                self._call(torch.mul, self._call("unsqueeze", scale, -1), 2)
-                if isinstance(scale, fx.Node)
-                else 2 * scale
-            )
+            a: fx.Node | float = self._call("unsqueeze", scale, -1) if isinstance(scale, fx.Node) else scale
+            twice = self._call(torch.mul, a, 2) if isinstance(a, fx.Node) else 2 * a
             cross = self._call(torch.mul, self._call(torch.stack, tuple(own)), twice)
             gram = self._call(torch.bmm, kept, self._call(torch.bmm, self._call("transpose", summed, 1, 2), summed))
             entries = self._call(torch.mul, kept, self._call(torch.add, gram, cross))
@@ -132,7 +129,3 @@ class NormCode(PrologueCode):
 
 
 _KEY_ORDER = {mode: number for number, mode in enumerate((*SITE_MODES, "site"))}
-
-
-def _matrices(planned: NormPlan) -> Iterator[str]:
-    return (f"w{i}_" for i in range(0 if planned.is_dense else len(planned.group.sites)))

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from tensorpeft.emission.backward import Backward
 from tensorpeft.emission.forward import SetCode
 from tensorpeft.emission.graph import Function
-from tensorpeft.emission.input_kind import SetKind
+from tensorpeft.emission.lowering import SetKind
 
 Made = TypeVar("Made", SetCode, Function)
 
@@ -35,11 +35,11 @@ class SetProgram:
         return self.backward((1 << len(self.kind.modules)) - 1, to_x=True, to_arguments=True)
 
     def _epilogues(self, *, in_place: bool) -> tuple[Function, ...]:
-        def epilogue(module: int) -> Function:
-            make = partial(self._code.epilogue, module=module, in_place=in_place)
-            return _shared(self.kind, (self._code, module, in_place), make)
-
-        return tuple(epilogue(module) for module in range(len(self.kind.modules)))
+        code = self._code
+        return tuple(
+            _shared(self.kind, (code, module, in_place), partial(code.epilogue, module=module, in_place=in_place))
+            for module in range(len(self.kind.modules))
+        )
 
     def _backward(self, modules: int, *, to_x: bool, to_arguments: bool) -> Function:
         """From the modules that are bits of a number: a set would be built at every step."""

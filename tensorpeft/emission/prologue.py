@@ -33,7 +33,7 @@ Rows = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Part:
+class StackPart:
     """A tensor of ``count`` rows, of which each of some input sets is given one."""
 
     node: fx.Node  # shape: (rows, one axis for each mode)
@@ -64,14 +64,12 @@ class PrologueCode:
 
     # Parts and stacks
 
-    def part(self, group: Group, term: Term, link: Link, argument: Argument, bundles: Bundles) -> Part:
+    def part(self, group: Group, term: Term, link: Link, argument: Argument, bundles: Bundles) -> StackPart:
         """The tensor whose rows are an argument at the input sets of some bundles."""
-        modes: tuple[str, ...]
         if len(argument.operands) == 1:
             operand = term.operands[argument.operands[0]]
-            modes_of_axes = tuple(mode for axis in argument.axes for mode in axis)
-            plain = operand.modes == modes_of_axes and all(take is None for take in operand.take)
-            node, keys = self._factor(operand, cast=plain)
+            is_plain = operand.modes == sum(argument.axes, ()) and all(take is None for take in operand.take)
+            node, keys = self._factor(operand, cast=is_plain)
             numbers = {key: number for number, key in enumerate(keys)}
             modes, count, of_site = operand.modes, len(keys), tuple(numbers[key] for key in operand.keys)
         else:
@@ -80,19 +78,19 @@ class PrologueCode:
             modes, count = (*link.batch, *link.new, *link.contracted), max(of_site) + 1
         wanted = [tuple(of_site[n] for n in (sites if argument.own else sites[:1])) for sites in bundles]
         items = {item: number for number, item in enumerate(dict.fromkeys(wanted))}
-        node = (
-            self._grid(node, count, tuple(items)) if argument.own else self._picked(node, count, [r for (r,) in items])
-        )
-        modes = (SITE, *modes) if argument.own else modes
+        if argument.own:
+            node, modes = self._grid(node, count, tuple(items)), (SITE, *modes)
+        else:
+            node = self._picked(node, count, [row for (row,) in items])
         order = (0, *(1 + modes.index(mode) for axis in argument.axes for mode in axis))
         if order != tuple(range(len(order))):
             node = self._call("permute", node, order)
         sizes = {**term.sizes, SITE: len(wanted[0])}
         shape = tuple(prod(sizes[mode] for mode in axis) for axis in argument.axes)
         merged = any(len(axis) > 1 for axis in argument.axes)
-        return Part(node, shape, merged, len(items), tuple(items[item] for item in wanted))
+        return StackPart(node, shape, merged, len(items), tuple(items[item] for item in wanted))
 
-    def stack(self, parts: Sequence[Part]) -> tuple[int, Rows]:
+    def stack(self, parts: Sequence[StackPart]) -> tuple[int, Rows]:
         """The number of a stack, and for each input set its row; of several parts one behind the other, on their first axis."""
         if len(parts) == 1:
             node, merged, rows = parts[0].node, parts[0].merged, parts[0].rows
@@ -108,7 +106,7 @@ class PrologueCode:
             self._outputs.append(self._call("view", cast, (-1, *parts[0].shape)) if merged else cast)
         return self._stacks[key], rows
 
-    def _chosen(self, part: Part, rows: Rows) -> fx.Node:
+    def _chosen(self, part: StackPart, rows: Rows) -> fx.Node:
         node = self._picked(part.node, part.count, rows)
         return self._call("reshape", node, (-1, *part.shape)) if part.merged else node
 
@@ -144,13 +142,18 @@ class PrologueCode:
 
         With ``cast`` a packed block comes in the dtype of the activations: one kernel for all of its keys.
         """
-        block, only = operand.block, _only_key(operand)
+        block = operand.block
+        # to be read by itself: the key of a packed factor, or of one that is cut for this key alone
+        is_alone = (block.packed or any(take is not None for take in operand.take)) and len({*operand.keys}) == 1
+        only = operand.keys[0] if is_alone else None
         node = self.inputs[block.name]
         if only is None:
             node, keys = self._by_key(node, block), block.keys
         elif block.kept is not None and block.entries is None:
             source = self._call(ops.cast, node, self.dtype) if cast else node
-            node, keys = self._of_packed(source, block, only), (only,)
+            parts = self._call("split_with_sizes", source, block.key_sizes)  # its backward is one concatenation
+            part = self._call(getitem, parts, block.keys.index(only))
+            node, keys = self._call("view", part, (1, *block.key_shape(only))), (only,)
             if cast:
                 self._ready.add(node)
         else:
@@ -182,11 +185,6 @@ class PrologueCode:
         shape = (len(block.keys), *(axis.size for axis in block.free_axes))
         index = self._index(block.name, lambda: Index(block.count, lambda: block.positions))
         return self._call(ops.scatter, node, index, shape)
-
-    def _of_packed(self, node: fx.Node, block: Block, key: Key) -> fx.Node:
-        """The tensor of one key, (1, *free axes), of a block whose keys lie one behind the other."""
-        parts = self._call("split_with_sizes", node, block.key_sizes)  # its backward is one concatenation
-        return self._call("view", self._call(getitem, parts, block.keys.index(key)), (1, *block.key_shape(key)))
 
     def _at_key(self, node: fx.Node, block: Block, key: Key) -> fx.Node:
         """The tensor of one key, (*free axes)."""
@@ -242,12 +240,6 @@ class PrologueCode:
             make = self.graph.call_method if isinstance(function, str) else self.graph.call_function
             self._calls[key] = make(function, args)
         return self._calls[key]
-
-
-def _only_key(operand: Operand) -> Key | None:
-    """The key to read by itself: of a packed factor, or of one that is cut for this key alone."""
-    alone = operand.block.packed or any(take is not None for take in operand.take)
-    return operand.keys[0] if alone and len({*operand.keys}) == 1 else None
 
 
 def _labels(group: Group, mode: str) -> list[Any]:

@@ -54,10 +54,8 @@ def _refuse_unread(card: Mapping[str, Any], where: str) -> None:
     table, sizes = put(card)
     known = {"model_type", "architectures", *table.get("uncounted", ()), *sizes.config_keys}
     if wrong := next((key for key in card if key not in known), None):
-        family = card["model_type"]
-        raise ModelError(
-            f"{where}: the table of `{family}` reads no key `{wrong}`{did_you_mean(wrong, known - {*card})}"
-        )
+        hint = did_you_mean(wrong, known - {*card})
+        raise ModelError(f"{where}: the table of `{card['model_type']}` reads no key `{wrong}`{hint}")
 
 
 def _config_file(path: Path) -> Path | None:
@@ -85,20 +83,25 @@ def _shape(name: str, config: Mapping[str, Any], where: str) -> ModelShape:
         known = architecture(config)
         table, sizes = put(config)
         _refuse_uncounted(table, config, sizes)
-        model_class, added = _class(table, config)
+        classes = _classes(table)
+        # the class that the config names, else the table's first
+        named = config.get("architectures")
+        first = str(named[0]) if isinstance(named, list) and named else ""
+        model_class = first if first in classes else next(iter(classes))
+        added = classes[model_class]  # what it has outside the layers
         is_body = model_class.startswith(f"{table['stem']}Model")
         prefix = added.get("prefix", "" if is_body else table.get("prefix", ""))
         start = f"{prefix}." if prefix else ""
         weights = [*_inside(known, start), *_outside(table, added, start, sizes)]
-        others = [*_others(table, "", sizes), *_others(added, "head.", sizes)]
+        parameters = *_parameters(weights), *_others(table, "", sizes), *_others(added, "head.", sizes)
         return ModelShape(
             name=name,
             sites=resolve([weight.linear for weight in weights], known),
             sizes=known.sizes,
-            n_parameters=sum(weight.count for weight in weights) + sum(other.count for other in others),
+            n_parameters=sum(parameter.count for parameter in parameters),
             family=known.family,
             model_class=model_class,
-            parameters=(*_parameters(weights), *others),
+            parameters=parameters,
         )
     except ModelError as reason:
         raise ModelError(f"{where}: {reason}") from None
@@ -106,23 +109,19 @@ def _shape(name: str, config: Mapping[str, Any], where: str) -> ModelShape:
 
 def head_modules(config: Mapping[str, Any], model_class: str) -> tuple[str, ...]:
     """The modules that a class has beside its body, which make its output; none where the table does not know the class."""
-    table, _ = put(config)
-    classes = {table["stem"] + ending: added for ending, added in table["classes"].items()}
-    return tuple(path for path in classes.get(model_class, {}).get("modules", ()) if not path.startswith("."))
+    added = _classes(put(config)[0]).get(model_class, {})
+    return tuple(path for path in added.get("modules", ()) if not path.startswith("."))
+
+
+def _classes(table: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """The classes of a family's table, each with what it has outside the layers."""
+    return {table["stem"] + ending: added for ending, added in table["classes"].items()}
 
 
 def _refuse_uncounted(table: Mapping[str, Any], config: Mapping[str, Any], sizes: ConfigSizes) -> None:
     for key in table.get("uncounted", ()):
         if sizes[key] if key in table["switches"] else config.get(key):
             raise ModelError(f"`{key}` adds parameters that the table of `{config['model_type']}` does not count")
-
-
-def _class(table: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """The class that the config names, else the table's first, with what it has outside the layers."""
-    classes = {table["stem"] + ending: added for ending, added in table["classes"].items()}
-    named = config.get("architectures")
-    first = str(named[0]) if isinstance(named, list) and named else ""
-    return (first, classes[first]) if first in classes else next(iter(classes.items()))
 
 
 @dataclass(frozen=True)
@@ -139,21 +138,14 @@ class _Weight:
         return self.linear.module_d_out * self.linear.d_in * (self.linear.experts or 1)
 
     @property
-    def n_biases(self) -> int:
-        return self.linear.module_d_out * self.bias * (self.linear.experts or 1)
-
-    @property
-    def count(self) -> int:
-        return self.n_weights * (1 - self.tied) + self.n_biases
-
-    @property
     def parameters(self) -> Iterator[Parameter]:
         is_module = self.linear.parameter in (None, "weight")
         weight, bias = (".weight", ".bias") if is_module else ("", "_bias")
         if not self.tied:
             yield Parameter(self.linear.path + weight, self.n_weights, self.kinds)
         if self.bias:
-            yield Parameter(self.linear.path + bias, self.n_biases, self.kinds | {"biases"})
+            count = self.linear.module_d_out * self.bias * (self.linear.experts or 1)
+            yield Parameter(self.linear.path + bias, count, self.kinds | {"biases"})
 
 
 def _parameters(weights: Iterable[_Weight]) -> Iterator[Parameter]:
@@ -175,10 +167,8 @@ def _inside(known: Architecture, start: str) -> Iterable[_Weight]:
     for matrix in known.matrices:
         for layer in matrix.layers:
             module = start + matrix.modules[0].format(layer=layer)
-            linear = Linear(
-                module, matrix.module_d_out, matrix.d_in, matrix.kind, matrix.parameter,
-                experts=matrix.experts, transposed=matrix.transposed,
-            )  # fmt: skip
+            weight = Linear(module, matrix.module_d_out, matrix.d_in, matrix.kind, matrix.parameter)
+            linear = replace(weight, experts=matrix.experts, transposed=matrix.transposed)
             found.setdefault(linear.path, _Weight(linear, matrix.bias))
     return found.values()
 

@@ -26,7 +26,7 @@ from typing import Any
 
 from tensorpeft.language.errors import ModelError, did_you_mean, listing
 from tensorpeft.model.config import MAX_SIZE, ConfigSizes
-from tensorpeft.model.shape import Rows, distinct, weight_path
+from tensorpeft.model.shape import Rows, distinct, is_named, weight_path
 from tensorpeft.model.tables import FOLDER, read_table
 
 MAX_LAYERS = 10_000
@@ -83,11 +83,11 @@ class Architecture:
 
     def is_read(self, path: str) -> bool:
         """Whether a module's weight is read, and the module never called."""
-        return f".{path}".endswith(tuple(f".{ending}" for ending in self.uncalled))
+        return any(is_named(path, ending) for ending in self.uncalled)
 
     def is_unused(self, path: str) -> bool:
         """Whether a module does nothing."""
-        return f".{path}".endswith(tuple(f".{ending}" for ending in self.unused))
+        return any(is_named(path, ending) for ending in self.unused)
 
     @cached_property
     def _patterns(self) -> tuple[tuple[re.Pattern[str], dict[str, tuple[Matrix, ...]]], ...]:
@@ -113,15 +113,14 @@ def together(models: Mapping[str, Architecture], *, named: bool) -> Architecture
     return Architecture(
         family=", ".join(dict.fromkeys(architecture.family for _, _, architecture in each)),
         sizes=tuple((front.replace(".", "_") + size, value) for front, _, a in each for size, value in a.sizes),
-        matrices=tuple(_within(matrix, front, path) for front, path, a in each for matrix in a.matrices),
+        matrices=tuple(
+            replace(m, role=front + m.role, reads=m.reads and front + m.reads, inside=f"{path}.")
+            for front, path, a in each
+            for m in a.matrices
+        ),
         uncalled=tuple(ending for _, _, a in each for ending in a.uncalled),
         unused=tuple(ending for _, _, a in each for ending in a.unused),
     )
-
-
-def _within(matrix: Matrix, front: str, path: str) -> Matrix:
-    reads = matrix.reads and f"{front}{matrix.reads}"
-    return replace(matrix, role=f"{front}{matrix.role}", reads=reads, inside=f"{path}.")
 
 
 @cache  # a scan asks at every module

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
 
 from tensorpeft.model.family import Architecture
 from tensorpeft.model.roles import with_roles
@@ -77,16 +76,14 @@ def _with_roles(
     places: Mapping[str, _LayerPath], modules: Collection[str], *, everywhere: bool
 ) -> dict[str, _LayerPath]:
     """The same places, with roles for names inside the layers, or everywhere."""
-    layers: dict[tuple[str | None, int], list[str]] = {}
+    layers: dict[tuple[str | None, int], list[str]] = defaultdict(list)
     for place in places.values():
         if place.stack is not None or everywhere:
-            layers.setdefault((place.stack, place.layer), []).append(place.path)
+            layers[place.stack, place.layer].append(place.path)
     linear = {places[path].path for path in modules}
     roles = {layer: with_roles(paths, linear.intersection(paths)) for layer, paths in layers.items()}
-    found = {}
-    for path, place in places.items():
-        renamed = roles.get((place.stack, place.layer), {})
-        found[path] = replace(place, path=renamed.get(place.path, place.path))
+    renamed = {path: roles.get((place.stack, place.layer), {}) for path, place in places.items()}
+    found = {path: replace(place, path=renamed[path].get(place.path, place.path)) for path, place in places.items()}
     kept = {place.path for path, place in places.items() if found[path] == place}
     return {path: places[path] if place.path in kept else place for path, place in found.items()}
 
@@ -94,12 +91,9 @@ def _with_roles(
 def _expert(path: str) -> tuple[str, int | None]:
     """``mlp.experts.3.up`` -> ``mlp.experts.up``, 3."""
     parts = path.split(".")
-    at = next((at for at, (before, part) in enumerate(pairwise(parts), 1) if _is_expert(before, part)), None)
+    behind = (at for at, before in enumerate(parts[:-1], 1) if before.lower().endswith("experts"))
+    at = next((at for at in behind if parts[at].isdecimal()), None)
     return (path, None) if at is None else (".".join([*parts[:at], *parts[at + 1 :]]), int(parts[at]))
-
-
-def _is_expert(before: str, part: str) -> bool:
-    return part.isdecimal() and before.lower().endswith("experts")
 
 
 def _endings(name: str) -> list[str]:
@@ -163,13 +157,10 @@ def _places(sides: Mapping[str, Sides]) -> dict[str, _LayerPath]:
         alike = [place for place in found if of_shape[place.others, sides[path]] > 1]
         holding = [place for place in found if not place.is_last or not place.before]
         varying = [place for place in holding if of_path[place.others] > 1]
-        chosen = (alike or varying or holding)[:1]
-        # a bare nn.Sequential has paths that are integers alone
-        places[path] = (
-            _LayerPath(chosen[0].before, chosen[0].number, chosen[0].rest or "linear")
-            if chosen
-            else _LayerPath(None, 0, path or "linear")
+        before, number, rest = next(
+            ((i.before, i.number, i.rest) for i in alike or varying or holding), (None, 0, path)
         )
+        places[path] = _LayerPath(before, number, rest or "linear")  # nn.Sequential has paths that are integers alone
     return places
 
 
@@ -186,10 +177,8 @@ class _Integer:
 
 def _integers(path: str) -> list[_Integer]:
     parts = path.split(".")
-    found = []
-    for at, part in enumerate(parts):
-        if part.isdecimal():
-            before, behind = parts[:at], parts[at + 1 :]
-            others, rest = ".".join([*before, "*", *behind]), ".".join([*before, *behind])
-            found.append(_Integer(int(part), ".".join(before), others, rest, not behind))
-    return found
+    found = [(int(part), parts[:at], parts[at + 1 :]) for at, part in enumerate(parts) if part.isdecimal()]
+    return [
+        _Integer(number, ".".join(before), ".".join([*before, "*", *behind]), ".".join(before + behind), not behind)
+        for number, before, behind in found
+    ]

@@ -83,10 +83,9 @@ def weight_path(module: str, parameter: str | None) -> str:
 def distinct(paths: Iterable[str]) -> dict[str, str]:
     """For each path what it has for itself: ``encoder`` for ``encoder.block`` beside ``decoder.block``."""
     parts = {path: path.split(".") for path in paths}
-    while len({path[0] for path in parts.values()}) == 1 and min(map(len, parts.values())) > 1:
-        parts = {path: rest[1:] for path, rest in parts.items()}
-    while len({path[-1] for path in parts.values()}) == 1 and min(map(len, parts.values())) > 1:
-        parts = {path: rest[:-1] for path, rest in parts.items()}
+    for end, others in ((0, slice(1, None)), (-1, slice(-1))):
+        while len({path[end] for path in parts.values()}) == 1 and min(map(len, parts.values())) > 1:
+            parts = {path: rest[others] for path, rest in parts.items()}
     return {path: ".".join(rest) for path, rest in parts.items()}
 
 
@@ -117,9 +116,7 @@ class Site:
     parameter: str | None = None  # of kind `parameter`: its path from the module, whose forward reads it
     reads: str | None = None  # sites of one layer with the same name here read the very same tensor
     transposed: bool = False  # of kind `parameter`: it is stored (d_in, d_out), behind the experts if there are several
-    stack: str | None = (
-        None  # the path up to the layer's number (``model.layers``); None in no layer, as of an output head
-    )
+    stack: str | None = None  # the path up to the layer's number (``model.layers``); None in no layer, as of a head
 
     @property
     def path(self) -> str:

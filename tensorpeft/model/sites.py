@@ -66,10 +66,8 @@ def _known(linear: Linear, found: tuple[str, int, Any], matrix: Matrix) -> list[
     sides = linear.module_d_out, linear.d_in, linear.experts
     expected = matrix.module_d_out, matrix.d_in, matrix.experts
     if sides != expected:
-        raise ModelError(
-            f"`{linear.path}` is {_sides(*sides)} (d_out x d_in), "
-            f"but by the model's config the module of `{matrix.role}` is {_sides(*expected)}"
-        )
+        told = f"by the model's config the module of `{matrix.role}` is {_sides(*expected)}"
+        raise ModelError(f"`{linear.path}` is {_sides(*sides)} (d_out x d_in), but {told}")
     experts: Iterable[int | None] = (None,) if linear.experts is None else range(linear.experts)
     return [_site(linear, matrix.role, (*found[:2], expert), matrix) for expert in experts]
 

@@ -113,10 +113,12 @@ def _bound(pattern: re.Pattern[str], site: Site, shape: ModelShape) -> Site | No
         return replace(site, matrix=named["matrix"]) if shape.family is None else site
     before, after = site.path[: found.start("layer")].rstrip("."), site.path[found.end("layer") :].strip(".")
     if "matrix" in named and shape.family is None:
-        return replace(site, layer=int(named["layer"]), stack=before, matrix=named["matrix"])
-    return (
-        site if before == site.stack else replace(site, layer=int(named["layer"]), stack=before, matrix=after or before)
-    )
+        matrix = named["matrix"]
+    elif before == site.stack:
+        return site
+    else:
+        matrix = after or before
+    return replace(site, layer=int(named["layer"]), stack=before, matrix=matrix)
 
 
 def _layer_problems(target: Target, shape: ModelShape) -> Iterable[Problem]:

@@ -45,11 +45,7 @@ def extras(spec: Spec, model: ModelShape, sites: Iterable[Site]) -> tuple[Parame
 
 def _holder(site: Site) -> str:
     """The path of the module whose parameter a site's weight is."""
-    return (
-        site.module
-        if site.parameter is None
-        else f"{site.module}.{site.parameter}".rpartition(".")[0].removeprefix(".")
-    )
+    return f"{site.module}.{site.parameter or 'weight'}".rpartition(".")[0].removeprefix(".")
 
 
 def _means(entry: str, parameter: Parameter, holders: set[str]) -> bool:
@@ -65,10 +61,8 @@ def _nothing(entry: str, model: ModelShape, holders: set[str]) -> str:
     if entry == BIASES:
         return f"`{BIASES}` means nothing here: no module of the target has a bias"
     if entry in TRAINABLE:
-        missing = (
-            "no normalisation layer with parameters" if entry == NORMS else "no layer that is known to be its head"
-        )
-        return f"`{entry}` means nothing here: {model.name} has {missing}"
+        missing = "normalisation layer with parameters" if entry == NORMS else "layer that is known to be its head"
+        return f"`{entry}` means nothing here: {model.name} has no {missing}"
     names = {*TRAINABLE, *_endings(model.parameters)}
     is_card = any(NORMS in parameter.kinds and parameter.path.startswith("norms.") for parameter in model.parameters)
     known = ", as far as its config tells" if is_card else ""

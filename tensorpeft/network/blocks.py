@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from math import prod
 
 import numpy as np
@@ -100,20 +101,15 @@ def _block(spec: Spec, sharing: Sharing, sizes: FreeSizes, keys: list[Key], ragg
     labels = {mode: tuple(dict.fromkeys(key[i] for key in keys)) for i, mode in enumerate(sharing.site_modes)}
     of_mode = dict(zip(sharing.free, sizes, strict=True))
     if prod(map(len, labels.values())) == len(keys):
-        axes = tuple(
-            Axis(m, of_mode[m]) if m in of_mode else Axis(m, len(labels[m]), labels[m]) for m in sharing.written
-        )
-        keys = [tuple(key) for key in _grid([labels[m] for m in sharing.site_modes])]
+        bound = {mode: Axis(mode, len(each), each) for mode, each in labels.items()}
+        axes = tuple(bound[mode] if mode in bound else Axis(mode, of_mode[mode]) for mode in sharing.written)
+        keys = [*product(*labels.values())]
     else:
         axes = (Axis("site", len(keys), tuple(keys)), *(Axis(mode, size) for mode, size in of_mode.items()))
     name = "_".join((sharing.factor, *filter(None, (stack,)), *(f"{mode}{of_mode[mode]}" for mode in ragged)))
     origin = origins(spec, sharing.factor)[-1]
     rule, init = spec.factor(sharing.factor), spec.factor(origin).init
     return Block(name, sharing.factor, rule, axes, tuple(keys), origin=origin, init=init, stack=stack)
-
-
-def _grid(labels: list[tuple[str | int, ...]]) -> list[Key]:
-    return [()] if not labels else [(first, *rest) for first in labels[0] for rest in _grid(labels[1:])]
 
 
 def _names(block: Block, sharing: Sharing, users: Mapping[Key, Users], layouts: Layouts) -> dict[Key, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The number of trained parameters of a spec on a model, without its network; and the largest rank within a budget."""
+"""The largest rank within a budget: the trained numbers of a spec are counted at many ranks, without its network."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from math import prod
 from tensorpeft.language.errors import SpecError, fail
 from tensorpeft.language.spec import Spec
 from tensorpeft.language.syntax import Number
-from tensorpeft.model.shape import Key, ModelShape, by_stack
+from tensorpeft.model.shape import Key, ModelShape
 from tensorpeft.model.target import choose
-from tensorpeft.network.checks import check_activations, check_experts, check_names
+from tensorpeft.network.checks import checked_stacks
 from tensorpeft.network.mask_packing import FactorMasks, masking
 from tensorpeft.network.mode_sizes import layout
 from tensorpeft.network.scores import Scores
@@ -27,7 +27,7 @@ from tensorpeft.network.sharing import (
     sharing_of,
     users_of,
 )
-from tensorpeft.network.site_classes import SiteClass, site_classes
+from tensorpeft.network.site_classes import SiteClass
 from tensorpeft.network.spectral import refuse_excess
 
 MAX_RANK = 1 << 20
@@ -42,13 +42,9 @@ def n_trained(spec: Spec, model: ModelShape) -> int:
     sites = choose(spec.target, model)
     if not spec.update.products:
         return 0
-    check_names(spec, sites)
-    check_activations(spec, sites)
-    stacks = tuple(site_classes(spec, members) for members in by_stack(sites).values())
-    for placed in stacks:
-        check_experts(spec, placed)
+    stacks = tuple(checked_stacks(spec, sites).values())
     scores = Scores(spec)
-    return _counter(spec, model, stacks, scores)(fitted(spec, model, stacks, scores))
+    return counter(spec, model, stacks, scores)(fitted(spec, model, stacks, scores))
 
 
 def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Spec:
@@ -59,7 +55,7 @@ def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scor
     """
     if spec.budget is None:
         return spec
-    count = _counter(spec, model, stacks, scores)
+    count = counter(spec, model, stacks, scores)
     top = min(spec.budget, MAX_RANK)  # each step of the rank adds at least one number
     counts = _gallop(lambda rank: _count_if_sized(count, spec, rank), spec.budget, top)
     least = counts[1]
@@ -105,8 +101,11 @@ def _count_if_sized(count: Callable[[Spec], int], spec: Spec, rank: int) -> int 
         return None
 
 
-def _counter(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Callable[[Spec], int]:
-    """A function that counts the trained numbers of the spec at other ranks; what ranks do not change is done once, here."""
+def counter(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Callable[[Spec], int]:
+    """A function that counts the trained numbers of the spec at other ranks; what ranks do not change is done once, here.
+
+    These are the numbers that an optimizer would see. It raises SpecError where the sizes do not fit the model.
+    """
     counters = [_of_stack(spec, model, placed, scores) for placed in stacks]
     return lambda sized: sum(count(sized) for count in counters)
 

@@ -4,40 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
+from tensorpeft.language.errors import Problem, SpecError, did_you_mean, fail, listing
 from tensorpeft.language.modes import written_modes
 from tensorpeft.language.spec import BASE_WEIGHT, Spec
 from tensorpeft.language.syntax import Choice, Selector, ranges
-from tensorpeft.model.shape import Site
+from tensorpeft.model.shape import Site, by_stack
 from tensorpeft.model.target import fits, is_meant
-from tensorpeft.network.site_classes import SiteClass
+from tensorpeft.network.site_classes import SiteClass, site_classes
 
 
-def check_names(spec: Spec, sites: Sequence[Site]) -> None:
-    """Every name that the spec has for a matrix, and every selector, speaks of something in the target.
+def checked_stacks(spec: Spec, sites: Sequence[Site]) -> dict[str, list[tuple[Site, SiteClass]]]:
+    """The sites of each stack with their classes, where the spec fits them.
 
     Raises:
-        SpecError: with each that does not.
+        SpecError: with each name of a matrix and each selector that speaks of nothing in the target; or for what some sites
+            cannot do.
     """
     problems = [*_selectors(spec, sites), *_heads(spec, sites), *_mask_values(spec, sites)]
     if problems:
         raise SpecError(problems)
+    _check_activations(spec, sites)
+    stacks = {name: site_classes(spec, members) for name, members in by_stack(sites).items()}
+    for placed in stacks.values():
+        _check_experts(spec, placed)
+    return stacks
 
 
-def check_activations(spec: Spec, sites: Sequence[Site]) -> None:
-    """Refuse `tasks`, `dropout` and `norm` at sites that are no linear modules: they need the module's input.
-
-    Raises:
-        SpecError: it does not.
-    """
+def _check_activations(spec: Spec, sites: Sequence[Site]) -> None:
+    """Refuse `tasks`, `dropout` and `norm` at sites that are no linear modules: they need the module's input."""
     apart = next((site for site in sites if site.kind != "linear"), None)
     over_norms = any(rule.norm for _, rule in spec.factors)
     needs = "tasks" if spec.tasks else "dropout" if spec.dropout else "norm" if over_norms else None
     if apart and needs:
-        problem = (
-            f"`{needs}` needs the input of a linear module, which {apart} does not have; leave it out of the target"
-        )
-        raise SpecError([Problem(problem, spec.update.span)])
+        message = f"`{needs}` needs the input of a linear module, which {apart} does not have"
+        raise fail(f"{message}; leave it out of the target", spec.update.span)
 
 
 def _selectors(spec: Spec, sites: Sequence[Site]) -> Iterator[Problem]:
@@ -83,7 +83,7 @@ def _hint(name: str, sites: Sequence[Site]) -> str:
     return did_you_mean(name, names) or f"; the target has {listing(matrices)}"
 
 
-def check_experts(spec: Spec, placed: Sequence[tuple[Site, SiteClass]]) -> None:
+def _check_experts(spec: Spec, placed: Sequence[tuple[Site, SiteClass]]) -> None:
     """Refuse the mode `expert` at sites that belong to no expert, and a norm over several experts at once.
 
     Raises:

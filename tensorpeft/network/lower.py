@@ -14,19 +14,19 @@ import numpy as np
 
 from tensorpeft.language.errors import fail
 from tensorpeft.language.spec import Spec
-from tensorpeft.model.shape import ModelShape, Site, by_stack
+from tensorpeft.model.shape import ModelShape, Site
 from tensorpeft.model.target import choose
 from tensorpeft.model.trained import extras
 from tensorpeft.network.blocks import Storage, store
 from tensorpeft.network.budget import fitted
-from tensorpeft.network.checks import check_activations, check_experts, check_names
+from tensorpeft.network.checks import checked_stacks
 from tensorpeft.network.mask_packing import masking
 from tensorpeft.network.mode_sizes import layout
 from tensorpeft.network.network import Block, Group, Network
-from tensorpeft.network.operands import base_weight, group
+from tensorpeft.network.operands import group
 from tensorpeft.network.scores import Scores
 from tensorpeft.network.sharing import Layouts, Placed, first_reference, sharing_of
-from tensorpeft.network.site_classes import SiteClass, site_classes
+from tensorpeft.network.site_classes import SiteClass
 
 
 def lower(spec: Spec, model: ModelShape, saved: Mapping[str, np.ndarray] | None = None) -> Network:
@@ -41,11 +41,7 @@ def lower(spec: Spec, model: ModelShape, saved: Mapping[str, np.ndarray] | None 
     trained = extras(spec, model, sites)
     if not spec.update.products:
         return Network(spec, model, (), (), trained)
-    check_names(spec, sites)
-    check_activations(spec, sites)
-    stacks = {name: site_classes(spec, members) for name, members in by_stack(sites).items()}
-    for placed in stacks.values():
-        check_experts(spec, placed)
+    stacks = checked_stacks(spec, sites)
     scores = Scores(spec, readable=saved is None)
     spec = fitted(spec, model, tuple(stacks.values()), scores)
     blocks: list[Block] = []
@@ -64,19 +60,12 @@ def _refuse_namesakes(spec: Spec, blocks: Sequence[Block]) -> None:
     for block in blocks:
         other = owner.setdefault(block.name, block.factor)
         if other != block.factor:
-            message = (
-                f"a tensor of `{other}` is called `{block.name}` too, since its sizes differ; expected another name"
-            )
-            raise fail(message, first_reference(spec, block.factor).span)
+            message = f"a tensor of `{other}` is called `{block.name}` too, since its sizes differ"
+            raise fail(f"{message}; expected another name", first_reference(spec, block.factor).span)
 
 
 def _network(
-    spec: Spec,
-    model: ModelShape,
-    stack: str,
-    placed: Placed,
-    scores: Scores,
-    saved: Mapping[str, np.ndarray] | None,
+    spec: Spec, model: ModelShape, stack: str, placed: Placed, scores: Scores, saved: Mapping[str, np.ndarray] | None
 ) -> tuple[list[Block], tuple[Group, ...]]:
     """The blocks and the groups of one stack."""
     layouts = {each: layout(spec, model, each) for each in dict.fromkeys(site_class for _, site_class in placed)}
@@ -100,9 +89,4 @@ def _groups(spec: Spec, storages: dict[str, Storage], placed: Placed, layouts: L
         blocks = tuple(storage.block(site).name for storage in present[site_class])
         keys = tuple(storage.key(site) for storage in present[site_class] if storage.cuts)
         gathered.setdefault((site_class, blocks, keys, site.kind), (site_class, []))[1].append(site)
-    shapes: dict[tuple[int, int], Block] = {}
-    groups = []
-    for site_class, members in gathered.values():
-        base = shapes.setdefault((members[0].d_out, members[0].d_in), base_weight(members[0]))
-        groups.append(group(spec, storages, site_class, layouts[site_class], tuple(members), base))
-    return tuple(groups)
+    return tuple(group(spec, storages, each, layouts[each], tuple(members)) for each, members in gathered.values())

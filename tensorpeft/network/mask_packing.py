@@ -63,11 +63,8 @@ class FactorMasks:
         first, *others = [(site, masks_at(self.rules, site)) for site, _ in users]
         for site, masks in others:
             if {mask.axes: mask.said for mask in masks} != {mask.axes: mask.said for mask in first[1]}:
-                factor = self.sharing.factor
-                raise fail(
-                    f"`{factor}` is one tensor for {first[0]} and {site}, for which its masks differ; expected the same mask",
-                    (*masks, *first[1])[0].rule.span,
-                )
+                told = f"`{self.sharing.factor}` is one tensor for {first[0]} and {site}, for which its masks differ"
+                raise fail(f"{told}; expected the same mask", (*masks, *first[1])[0].rule.span)
         return first[1]
 
     def kept(self, key: Key, sizes: FreeSizes, users: Users) -> KeptIndices:
@@ -78,9 +75,8 @@ class FactorMasks:
         if self.by_entries and len(masks) == 1 and masks[0].rule.rule.name == "keep":  # which they are can wait
             count = self.count(sizes, users)
             assert count is not None
-            return KeptIndices(
-                tuple(axes), Entries(count, partial(_kept_entries, masks[0], key, sizes, self.spec.seed))
-            )
+            draw = partial(_kept_entries, masks[0], key, sizes, self.spec.seed)
+            return KeptIndices(tuple(axes), Entries(count, draw))
         for mask in masks:
             shape = tuple(sizes[axis] for axis in mask.axes)
             scores = self._scores(mask, shape, users) if mask.rule.rule.name in SCORED else None
@@ -109,7 +105,7 @@ class FactorMasks:
         try:
             if self.by_entries:
                 pieces = from_indices(self.saved[name], ([prod(sizes)] for _ in keys))
-                entries = [piece for pieces_of_key in pieces for piece in pieces_of_key if piece is not None]
+                entries = (piece for each in pieces for piece in each if piece is not None)
                 return [_of_entries(each, sizes, axes) for each, axes in zip(entries, alone, strict=True)]
             wanted = ([size if axis in axes else None for axis, size in enumerate(sizes)] for axes in alone)
             return [KeptIndices(tuple(axes)) for axes in from_indices(self.saved[name], wanted)]
@@ -130,11 +126,9 @@ class FactorMasks:
         found = []
         for site, site_class in users:
             layout, names = self.layouts[site_class], [self.sharing.names[site_class][axis] for axis in mask.axes]
-            policies = [self.spec.policy(self.sharing.free[axis]) for axis in mask.axes]
-            places = [
-                serving_indices(policy, layout.sizes[name], size)
-                for policy, name, size in zip(policies, names, shape, strict=True)
-            ]
+            policies = (self.spec.policy(self.sharing.free[axis]) for axis in mask.axes)
+            sizes = (layout.sizes[name] for name in names)
+            places = [serving_indices(*each) for each in zip(policies, sizes, shape, strict=True)]
             found.append((self.scores.at(site, names, layout, mask.rule), places))
         return served(found, shape)
 
@@ -176,9 +170,8 @@ def _chosen(places: dict[int, np.ndarray], which: np.ndarray) -> dict[int, np.nd
 def _of_entries(entries: np.ndarray, sizes: FreeSizes, masked: Set[int]) -> KeptIndices:
     """Entries, with what they leave of the axes that are masked by themselves too."""
     places = np.unravel_index(entries, sizes)
-    return KeptIndices(
-        tuple(np.unique(place) if axis in masked else None for axis, place in enumerate(places)), Entries.of(entries)
-    )
+    axes = (np.unique(place) if axis in masked else None for axis, place in enumerate(places))
+    return KeptIndices(tuple(axes), Entries.of(entries))
 
 
 def masking(
@@ -210,12 +203,10 @@ def from_file(spec: Spec, factor: str) -> bool:
 
 def indices(block: Block) -> np.ndarray:  # shape: (n,), integers
     """The kept indices of a masked block as one list, for a checkpoint: the length of each piece, then its indices."""
-    pieces = []
-    for key in block.keys:
-        kept = block.kept[key] if block.kept is not None else (None,)
-        pieces += [
-            piece for piece in (kept if block.entries is None else (block.entries[key].positions,)) if piece is not None
-        ]
+    if block.entries is not None:
+        pieces = [block.entries[key].positions for key in block.keys]
+    else:
+        pieces = [kept for key in block.keys for kept in (block.kept or {})[key] if kept is not None]
     return np.concatenate([np.concatenate([[len(piece)], piece]) for piece in pieces]).astype(np.int64)
 
 
@@ -229,18 +220,13 @@ def from_indices(saved: np.ndarray, sizes: Iterable[Sequence[int | None]]) -> It
     for wanted in sizes:
         pieces: list[np.ndarray | None] = []
         for size in wanted:
-            length = 0 if size is None else int(saved[at]) if at < len(saved) else 0
-            piece = saved[at + 1 : at + 1 + length]
             if size is None:
                 pieces.append(None)
                 continue
-            if (
-                not len(piece)
-                or len(piece) != length
-                or piece[0] < 0
-                or piece[-1] >= size
-                or (np.diff(piece) <= 0).any()
-            ):
+            length = int(saved[at]) if at < len(saved) else 0
+            piece = saved[at + 1 : at + 1 + length]
+            fits = 0 < len(piece) == length and piece[0] >= 0 and piece[-1] < size
+            if not fits or (np.diff(piece) <= 0).any():
                 raise ValueError
             pieces.append(piece)
             at += 1 + length

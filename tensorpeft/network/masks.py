@@ -46,9 +46,9 @@ class Mask:
         count = round(self.value * size) if self.value < 1 else int(self.value)
         if count > size:
             modes = self.rule.modes
-            noun = "indices" if len(modes) == 1 else "entries"
-            of = f"`{modes[0]}`" if len(modes) == 1 else f"`{self.rule.factor}[{', '.join(modes)}]`"
-            raise fail(f"`{self.rule.rule}` keeps {count} {noun} of {of}, which has only {size}", self.rule.span)
+            entries = f"entries of `{self.rule.factor}[{', '.join(modes)}]`"
+            told = f"indices of `{modes[0]}`" if len(modes) == 1 else entries
+            raise fail(f"`{self.rule.rule}` keeps {count} {told}, which has only {size}", self.rule.span)
         return max(1, count)
 
 
@@ -126,14 +126,10 @@ def _keep(state: int, size: int, count: int, *, alone: bool) -> np.ndarray:  # s
     """Of one mode the indices of the smallest draws; of the many entries of several, the first distinct positions drawn."""
     if alone:
         return np.sort(np.argsort(_draws(state, size), kind="stable")[:count])
-    if (
-        2 * count > size
-    ):  # drawing until nearly all are met would take ever longer; draw those that are left out instead
-        return (
-            np.setdiff1d(np.arange(size), _keep(state, size, size - count, alone=False))
-            if count < size
-            else np.arange(size)
-        )
+    if count == size:
+        return np.arange(size)
+    if 2 * count > size:  # drawing until nearly all are met would take ever longer: what is left out is drawn
+        return np.setdiff1d(np.arange(size), _keep(state, size, size - count, alone=False))
     drawn = 2 * count + 16
     while True:
         positions = (random.bits(state, [np.arange(drawn)]) % np.uint64(size)).astype(np.int64)

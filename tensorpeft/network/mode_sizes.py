@@ -63,9 +63,8 @@ class ModeLayout:
         leaves = {leaf for mode in carried for leaf in expand(mode, self.parts)}
         found: Parts = {}
         for side, splits in self.splits.items():
-            meant = [
-                split for split in splits if any(not leaves.isdisjoint(expand(part, self.parts)) for part in split)
-            ]
+            inside = ({leaf for part in split for leaf in expand(part, self.parts)} for split in splits)
+            meant = [split for split, own in zip(splits, inside, strict=True) if not leaves.isdisjoint(own)]
             if len(meant) > 1:
                 ways = listing(" * ".join(split) for split in meant)
                 raise fail(f"this product splits {side} of {self.site} in several ways, {ways}; expected one", span)
@@ -87,9 +86,7 @@ def layout(spec: Spec, model: ModelShape, site_class: SiteClass) -> ModeLayout:
     """
     sizes = _SizeResolver(spec, model, site_class)
     written = (*dict(spec.ranks), *(part.name for definition in spec.modes for part in definition.parts))
-    for mode in dict.fromkeys(
-        (*written, *sorted(site_class.used))
-    ):  # in the order of the text, for the first error's sake
+    for mode in dict.fromkeys((*written, *sorted(site_class.used))):  # in the text's order, for the first error's sake
         if mode in site_class.used and mode not in SITE_MODES:
             sizes.size(mode)
     scale = chosen(spec.scale, "`scale`", site_class.example)
@@ -186,9 +183,9 @@ class _SizeResolver:
         """The size of a part where it does not depend on the whole."""
         if part.size is not None or part.name in self.known or part.name in self.ranks:
             return self.size(part.name) if part.size is None else self._whole(part.size, f"mode `{part.name}`")
-        inside = (
-            [self._given(inner) for inner in self.definitions[part.name].parts] if part.name in self.parts else [None]
-        )
+        if part.name not in self.parts:
+            return None
+        inside = [self._given(inner) for inner in self.definitions[part.name].parts]
         return None if None in inside else prod(filter(None, inside))
 
     def _uneven(self, definition: Definition, total: int, span: Span | None) -> Exception:
@@ -202,11 +199,9 @@ class _SizeResolver:
         written = {part: side for side, splits in self.splits.items() for split in splits for part in split}
         side = written.get("head", said_of(site, self.spec.heads.side, site.head_side)) or "d_out"
         if heads is None:
-            raise fail(
-                f"matrix `{site.matrix}` ({site.module}) has no heads, which the modes of this spec need; "
-                "leave it out of `target`, or give `heads: {count: ...}`",
-                self._structural_span(),
-            )
+            told = f"matrix `{site.matrix}` ({site.module}) has no heads, which the modes of this spec need"
+            ways = "leave it out of `target`, or give `heads: {count: ...}`"
+            raise fail(f"{told}; {ways}", self._structural_span())
         if self.known[side] % heads:
             message = f"{heads} heads do not divide {side} = {self.known[side]} of {site}"
             raise fail(message, self.spec.target.span(site.matrix))

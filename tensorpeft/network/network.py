@@ -111,10 +111,9 @@ class Block:
             return hashed.hexdigest()
         if self.kept is None:
             return None
-        places = (
-            (key, axis, kept) for key in self.keys for axis, kept in enumerate(self.kept[key]) if kept is not None
-        )
-        return sha256("\n".join(f"{key} {axis} {kept.tolist()}" for key, axis, kept in places).encode()).hexdigest()
+        axes = ((key, axis, kept) for key in self.keys for axis, kept in enumerate(self.kept[key]))
+        lines = (f"{key} {axis} {kept.tolist()}" for key, axis, kept in axes if kept is not None)
+        return sha256("\n".join(lines).encode()).hexdigest()
 
     @property
     def packed(self) -> bool:
@@ -216,9 +215,7 @@ class Term:
         return tuple(dict.fromkeys((*self.d_in, *self.d_out)))
 
     def size(self, modes: Iterable[str]) -> int:
-        return prod(
-            [self.sizes[mode] for mode in modes]
-        )  # a list: compilers of forward passes follow no generator here
+        return prod([self.sizes[mode] for mode in modes])  # a list: compilers of forward passes follow no generator
 
 
 @dataclass(frozen=True)
@@ -262,9 +259,8 @@ class Network:
             kind = "trained" if block.trainable else "seeded" if block.seeded else "frozen, stored"
             lines.append(f"  {block.name}[{axes}] {block.rule.init}, {kind}, {block.count:,}")
         if self.extras:
-            lines.append(
-                f"  and {sum(extra.count for extra in self.extras):,} numbers of the base: {', '.join(self.spec.train)}"
-            )
+            count = sum(extra.count for extra in self.extras)
+            lines.append(f"  and {count:,} numbers of the base: {', '.join(self.spec.train)}")
         for group in self.groups:
             lines.append(f"  {len(group.sites)} sites like {group.sites[0]}")
             for term in group.terms:

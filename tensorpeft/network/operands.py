@@ -17,6 +17,7 @@ from tensorpeft.network.mode_sizes import ModeLayout
 from tensorpeft.network.network import Axis, Block, Group, Operand, Term
 from tensorpeft.network.site_classes import SiteClass
 
+Atoms = Mapping[str, tuple[str, ...]]  # of each mode, and of both sides
 KeptAtoms = dict[str, np.ndarray]  # atom -> the indices that masks leave of it, ascending
 
 
@@ -41,7 +42,6 @@ class _GroupContext:
     site_class: SiteClass
     layout: ModeLayout
     sites: tuple[Site, ...]
-    base: Block
 
     @property
     def site(self) -> Site:
@@ -49,23 +49,18 @@ class _GroupContext:
 
 
 def group(
-    spec: Spec,
-    storages: Mapping[str, Storage],
-    site_class: SiteClass,
-    layout: ModeLayout,
-    sites: tuple[Site, ...],
-    base: Block,
+    spec: Spec, storages: Mapping[str, Storage], site_class: SiteClass, layout: ModeLayout, sites: tuple[Site, ...]
 ) -> Group:
     """The terms of sites at which the same blocks combine in the same way.
 
     Raises:
         SpecError: the modes of a product do not fit each other, or its masks leave nothing.
     """
-    context = _GroupContext(spec, site_class, layout, sites, base)
+    context = _GroupContext(spec, site_class, layout, sites)
     return Group(sites, layout.scale, tuple(_term(context, storages, product) for product in site_class.products))
 
 
-def base_weight(site: Site) -> Block:
+def _base_weight(site: Site) -> Block:
     """The block that tells the shape of the base weight; none of the network's."""
     axes = (Axis("d_out", site.d_out), Axis("d_in", site.d_in))
     return Block(BASE_WEIGHT, BASE_WEIGHT, FactorRule(Call(BASE_WEIGHT), frozen=True), axes, ((),))
@@ -85,9 +80,7 @@ def _term(context: _GroupContext, storages: Mapping[str, Storage], product: Prod
     return Term(product.sign, operands, left, atoms["d_out"], atoms["d_in"], rows, columns)
 
 
-def _check_atoms(
-    product: Product, factors: Sequence[_Factor], atoms: Mapping[str, tuple[str, ...]], site: Site
-) -> None:
+def _check_atoms(product: Product, factors: Sequence[_Factor], atoms: Atoms, site: Site) -> None:
     """Every factor carries an atom once, and both sides are carried whole."""
     found: set[str] = set()
     for factor in factors:
@@ -112,7 +105,7 @@ def _check_sizes(context: _GroupContext, factor: _Factor) -> None:
             raise fail(message, factor.reference.span)
 
 
-def _kept_atoms(context: _GroupContext, factors: Sequence[_Factor], atoms: Mapping[str, tuple[str, ...]]) -> KeptAtoms:
+def _kept_atoms(context: _GroupContext, factors: Sequence[_Factor], atoms: Atoms) -> KeptAtoms:
     """The indices of each masked mode of a product that all factors with a mask on it keep."""
     kept: KeptAtoms = {}
     for factor in factors:
@@ -134,9 +127,9 @@ def _kept_atoms(context: _GroupContext, factors: Sequence[_Factor], atoms: Mappi
     return kept
 
 
-def _operand(context: _GroupContext, factor: _Factor, atoms: Mapping[str, tuple[str, ...]], kept: KeptAtoms) -> Operand:
+def _operand(context: _GroupContext, factor: _Factor, atoms: Atoms, kept: KeptAtoms) -> Operand:
     storage, sizes, site = factor.storage, context.layout.sizes, context.site
-    block = context.base if storage is None else storage.block(site)
+    block = _base_weight(site) if storage is None else storage.block(site)
     take: list[Sequence[int] | None] = []
     for position, mode in enumerate(factor.modes):
         used = _flat_indices(atoms[mode], sizes, kept)

@@ -29,11 +29,8 @@ def minimum_cut(term: Term) -> tuple[str, ...]:
 
 def _entries(term: Term) -> dict[int, int]:
     """For each operand with a mask on entries, the most entries that any of its keys keeps."""
-    return {
-        number: max(entries[key].count for key in operand.keys)
-        for number, operand in enumerate(term.operands)
-        if (entries := operand.block.entries) is not None
-    }
+    masked = ((number, o.block.entries, o.keys) for number, o in enumerate(term.operands))
+    return {number: max(entries[key].count for key in keys) for number, entries, keys in masked if entries is not None}
 
 
 def _cut(term: Term, costs: Mapping[Any, int]) -> dict[str | int, int]:

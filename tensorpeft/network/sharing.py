@@ -11,7 +11,7 @@ import numpy as np
 from tensorpeft.language.errors import fail
 from tensorpeft.language.modes import free_modes, written_modes
 from tensorpeft.language.spec import SITE_MODES, Spec
-from tensorpeft.language.syntax import Reference
+from tensorpeft.language.syntax import Product, Reference
 from tensorpeft.model.shape import Key, Site
 from tensorpeft.network.mode_sizes import ModeLayout
 from tensorpeft.network.site_classes import SiteClass
@@ -52,22 +52,20 @@ class Sharing:
 
 def sharing_of(spec: Spec, factor: str, classes: Iterable[SiteClass]) -> Sharing:
     """Find the classes of sites that use a factor, and the names that its free modes have there."""
-    names = {}
-    for site_class in classes:
-        reference = _first(factor, (f for product in site_class.products for f in product.factors))
-        if reference is not None:
-            names[site_class] = free_modes(reference, spec.modes)
+    firsts = {site_class: _first(factor, site_class.products) for site_class in classes}
+    names = {each: free_modes(reference, spec.modes) for each, reference in firsts.items() if reference is not None}
     return Sharing(factor, written_modes(first_reference(spec, factor), spec.modes), names)
 
 
 def first_reference(spec: Spec, factor: str) -> Reference:
     """The first mention of a factor in the update; its modes, in their order, are those of the stored tensors."""
-    reference = _first(factor, (f for product in spec.update.products for f in product.factors))
+    reference = _first(factor, spec.update.products)
     assert reference is not None
     return reference
 
 
-def _first(factor: str, references: Iterable[Reference]) -> Reference | None:
+def _first(factor: str, products: Iterable[Product]) -> Reference | None:
+    references = (reference for product in products for reference in product.factors)
     return next((reference for reference in references if reference.factor == factor), None)
 
 
@@ -117,10 +115,8 @@ def serving_sizes(spec: Spec, sharing: Sharing, wanted: frozenset[FreeSizes]) ->
 def _refuse_uneven(spec: Spec, sharing: Sharing, policies: Sequence[str], sizes: FreeSizes, serving: FreeSizes) -> None:
     for mode, policy, size, least in zip(sharing.free, policies, sizes, serving, strict=True):
         if policy == "group" and size % least:
-            message = (
-                f"mode `{mode}` of factor `{sharing.factor}` is `group`, but its size {size} is no multiple of {least}"
-            )
-            raise fail(f"{message}, its least", spec.factor(sharing.factor).span or spec.span)
+            message = f"mode `{mode}` of factor `{sharing.factor}` is `group`, but its size {size} is no multiple of"
+            raise fail(f"{message} {least}, its least", spec.factor(sharing.factor).span or spec.span)
 
 
 def refuse_ragged(spec: Spec, sharing: Sharing, wanted: Iterable[FreeSizes]) -> None:
@@ -132,10 +128,8 @@ def refuse_ragged(spec: Spec, sharing: Sharing, wanted: Iterable[FreeSizes]) -> 
     for mode, *sizes in zip(sharing.free, *wanted, strict=True):
         if spec.policy(mode) == "error" and len(set(sizes)) > 1:
             found = " and ".join(map(str, sorted(set(sizes))))
-            raise fail(
-                f"mode `{mode}` of factor `{sharing.factor}` is ragged, its sizes are {found}, and `ragged: error` forbids it",
-                spec.factor(sharing.factor).span or spec.span,
-            )
+            message = f"mode `{mode}` of factor `{sharing.factor}` is ragged, its sizes are {found}"
+            raise fail(f"{message}, and `ragged: error` forbids it", spec.factor(sharing.factor).span or spec.span)
 
 
 def serving_indices(policy: str, size: int, serving: int) -> np.ndarray:  # shape: (size,)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tensorpeft.language.errors import fail
@@ -39,12 +39,12 @@ def site_classes(spec: Spec, sites: Sequence[Site]) -> list[tuple[Site, SiteClas
     known: dict[tuple[object, ...], SiteClass] = {}
     found = []
     for site in sites:
-        at = last_fitting(tuple(entries), site)
+        at = last_fitting(entries, site)
         if at is None:
             raise fail(f"no entry of `update` fits {site}; expected one that does, such as `*`", spec.update.span)
         with_heads = not used[at].isdisjoint(STRUCTURAL_MODES)
         heads = (site.matrix, site.heads, site.head_side) if with_heads else ()
-        picks = (last_fitting(tuple(selector for selector, _ in choice.entries), site) for choice in choices)
+        picks = (last_fitting([at for at, _ in choice.entries], site) for choice in choices)
         like = (site.d_out, site.d_in, at, *heads, *picks, site.layer if by_layer else None)
         if like not in known:
             known[like] = SiteClass(site, entries[at], used[at])
@@ -52,9 +52,9 @@ def site_classes(spec: Spec, sites: Sequence[Site]) -> list[tuple[Site, SiteClas
     return found
 
 
-def last_fitting(selectors: Sequence[Selector], site: Site) -> Selector | None:
+def last_fitting(selectors: Iterable[Selector], site: Site) -> Selector | None:
     """Of the selectors that fit a site, the last."""
-    return next((selector for selector in reversed(selectors) if fits(selector, site)), None)
+    return next((selector for selector in reversed([*selectors]) if fits(selector, site)), None)
 
 
 def chosen(expression: Expression, what: str, site: Site) -> Expression:
@@ -65,7 +65,7 @@ def chosen(expression: Expression, what: str, site: Site) -> Expression:
     """
     if not isinstance(expression, Choice):
         return expression
-    at = last_fitting([selector for selector, _ in expression.entries], site)
-    if at is None:
+    fitting = [value for selector, value in expression.entries if fits(selector, site)]
+    if not fitting:
         raise fail(f"no entry of {what} fits {site}; expected one that does, such as `*`", expression.span)
-    return next(value for selector, value in reversed(expression.entries) if selector == at)
+    return fitting[-1]

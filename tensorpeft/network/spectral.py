@@ -79,11 +79,8 @@ def unfolding(block: Block, sharing: Sharing, users: Mapping[Key, Users], layout
             shared = f"`{block.factor}` is one tensor for {sites[0][0]} and {sites[1][0]}"
             expected = "expected it to carry the modes that tell these apart"
             raise fail(f"`{init}` is another for each weight, and {shared}; {expected}", init.span)
-    folds = {
-        _unfolding(block, init, sharing.names[site_class], site, layouts[site_class])
-        for [(site, site_class)] in users.values()
-    }
-    return folds.pop()
+    alone = [user for [user] in users.values()]
+    return [_unfolding(block, init, sharing.names[each], site, layouts[each]) for site, each in alone][-1]
 
 
 def _unfolding(block: Block, init: Spectral, names: tuple[str, ...], site: Site, layout: ModeLayout) -> Unfolding:
@@ -92,19 +89,11 @@ def _unfolding(block: Block, init: Spectral, names: tuple[str, ...], site: Site,
     side = {"U": "d_out", "Q": "d_out", "V": "d_in", "R": "d_in"}.get(init.part)
     atoms = layout.atoms(names)
     within = atoms[side] if side else ()
-    places = {atom: (place,) for place, atom in enumerate(within)}
-    axes: list[tuple[int, ...]] = []
-    for axis, name in enumerate(names):
-        if axis == bond:
-            axes.append((len(within),))
-        else:
-            axes.append(tuple(place for atom in atoms[name] for place in places.get(atom, ())))
-    found = sorted(place for each in axes for place in each)
-    if found != list(range(len(within) + 1)):
-        modes = ", ".join(names)
-        raise fail(
-            f"`{init}` is of {side} and `{init.bond}`, and `{block.factor}` carries {modes} at {site}", init.span
-        )
+    axes = [tuple(within.index(atom) for atom in atoms[name] if atom in within) for name in names]
+    axes[bond] = (len(within),)
+    if sorted(place for each in axes for place in each) != list(range(len(within) + 1)):
+        carried = f"`{block.factor}` carries {', '.join(names)} at {site}"
+        raise fail(f"`{init}` is of {side} and `{init.bond}`, and {carried}", init.span)
     return Unfolding(rank, tuple(layout.sizes[atom] for atom in within), tuple(axes))
 
 

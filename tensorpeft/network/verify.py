@@ -91,8 +91,7 @@ def _of_group(group: Group, blocks: Stored) -> Iterator[str]:
     for term in group.terms:
         yield from (f"product {'.'.join(o.factor for o in term.operands)} {fault}" for fault in _of_term(group, term))
         for operand in term.operands:
-            told = (f"factor `{operand.factor}` {fault}" for fault in _of_operand(group, term, operand, blocks))
-            yield from told
+            yield from (f"factor `{operand.factor}` {told}" for told in _of_operand(group, term, operand, blocks))
 
 
 def _of_term(group: Group, term: Term) -> Iterator[str]:
@@ -108,15 +107,12 @@ def _of_term(group: Group, term: Term) -> Iterator[str]:
             yield f"has no factor that carries {sorted(missing)} of {name}"
         whole = getattr(site, name)
         if term.size(modes) != (whole if indices is None else len(indices)):
-            yield f"has {term.size(modes)} indices of {name} = {whole}, of which masks leave {_length(indices)}"
+            left = "all" if indices is None else len(indices)
+            yield f"has {term.size(modes)} indices of {name} = {whole}, of which masks leave {left}"
         if indices is not None and not _ascends_within(indices, whole):
             yield f"has indices of {name} that do not ascend from 0 to {whole - 1}"
     if common := {*term.d_out} & {*term.d_in}:
         yield f"has {sorted(common)} on both sides"
-
-
-def _length(indices: np.ndarray | None) -> str:
-    return "all" if indices is None else str(len(indices))
 
 
 def _ascends_within(indices: np.ndarray, size: int) -> bool:

@@ -17,7 +17,10 @@ from tensorpeft.network.network import Group, Operand, Term
 
 
 def through_base(group: Group) -> Iterator[Group]:
-    """A group of linear modules as groups of which each has its products at one place (``Group.at``)."""
+    """A group as groups of which each has its products at one place (``Group.at``); itself where it has no linear modules."""
+    if group.kind != "linear":
+        yield group
+        return
     behind = [without_base(term, 1) for term in group.terms]
     ahead = [without_base(term, 0) for term in group.terms if group.sites[0].rows is None]
     if ahead and all(ahead):

@@ -80,31 +80,29 @@ class Chain:
     links: tuple[Link, ...]
 
 
+def by_itself(group: Group) -> Bundles:
+    """Bundles of one site each."""
+    return tuple((number,) for number in range(len(group.sites)))
+
+
 def chain(group: Group, term: Term, order: Order, tokens: int, bundles: Bundles, *, beforehand: bool = False) -> Chain:
     """The chain of one product in an order of its operands; ``beforehand`` no tensor of it is left to be built at the site."""
     before = activation(term)
     links = []
-    for position, operands in enumerate(order):
-        later = {mode for rest in order[position + 1 :] for i in rest for mode in term.operands[i].modes}
-        last = position + 1 == len(order)
-        links.append(_link(group, term, operands, before, later, bundles, last, tokens, beforehand))
+    for position in range(len(order)):
+        links.append(_link(group, term, order[position:], before, tokens, bundles, beforehand))
         before = links[-1].after
     return Chain(term.sign, tuple(links))
 
 
 def _link(
-    group: Group,
-    term: Term,
-    operands: tuple[int, ...],
-    before: tuple[str, ...],
-    later: set[str],
-    bundles: Bundles,
-    last: bool,
-    tokens: int,
-    beforehand: bool,
+    group: Group, term: Term, order: Order, before: tuple[str, ...], tokens: int, bundles: Bundles, beforehand: bool
 ) -> Link:
+    """The first link of what is left of an order."""
+    operands, *later = order
+    last = not later
     mine = [term.operands[i] for i in operands]
-    needed = later | {*term.d_out, "task", TOKEN}
+    needed = {*term.d_out, "task", TOKEN, *(mode for rest in later for i in rest for mode in term.operands[i].modes)}
     carried = dict.fromkeys(mode for operand in mine for mode in operand.modes)
     batch = tuple(mode for mode in before if mode in carried and mode in needed)
     contracted = tuple(mode for mode in before if mode in carried and mode not in needed)
@@ -118,8 +116,7 @@ def _link(
     after = (*lead, *site, *(features if last else (*features, *new)))
     sizes = {**term.sizes, TOKEN: tokens, "task": 1, SITE: 1}
     flops = prod(sizes[mode] for mode in {*before, *batch, *new}) * (2 if contracted else 1)
-    whole = term.size(term.sides)
-    large = len(mine) > 1 and term.size((*batch, *contracted, *new)) >= whole
+    large = len(mine) > 1 and term.size((*batch, *contracted, *new)) >= term.size(term.sides)
     at_site = not beforehand and (large or any(operand.is_base for operand in mine))
     site_modes = () if at_site else site_axes(group, {mode for operand in mine for mode in operand.site_modes})
     inputs = [operand.modes if at_site else operand_modes(group, operand) for operand in mine]
@@ -143,12 +140,8 @@ def _link(
 
 def differ(operands: list[Operand], bundles: Bundles) -> bool:
     """Whether sites that read one tensor use different numbers of some operand."""
-    return any(
-        operand.is_base or len({operand.keys[site] for site in sites}) > 1
-        for operand in operands
-        for sites in bundles
-        if len(sites) > 1
-    )
+    several = [sites for sites in bundles if len(sites) > 1]
+    return any(o.is_base or len({o.keys[site] for site in sites}) > 1 for o in operands for sites in several)
 
 
 def site_axes(group: Group, carried: set[str]) -> tuple[str, ...]:

@@ -16,7 +16,7 @@ from collections import Counter
 from dataclasses import dataclass
 from math import prod
 
-from tensorpeft.network.network import Group, Operand, Term
+from tensorpeft.network.network import Group, Term
 from tensorpeft.planning.chain import SITE, Bundles, Chain, Link
 from tensorpeft.planning.orders import TOKEN
 from tensorpeft.planning.regime import Regime
@@ -41,8 +41,7 @@ def chain_cost(group: Group, term: Term, chain: Chain, bundles: Bundles, regime:
             flops += runs * link.site_flops
             weight += runs * (link.flops * _passes(link, regime) + _building(link, regime))
             weight += count * _moved(term, link, size, regime) * regime.number_bytes * regime.balance
-            kernels = count * _kernels(link, size, regime)
-            weight += kernels * regime.launch * regime.balance
+            weight += count * _kernels(link, size, regime) * regime.launch * regime.balance
     for link in chain.links:
         if len(link.operands) == 1 or link.at_site or prologue_key(term, link) in built:
             continue
@@ -56,18 +55,9 @@ def chain_cost(group: Group, term: Term, chain: Chain, bundles: Bundles, regime:
 
 def prologue_key(term: Term, link: Link) -> tuple[object, ...]:
     """A key of the tensor that a link is: links of equal keys share one stack of the prologue."""
-    return (
-        link.pairs,
-        link.modes,
-        *(
-            (o.block.name, o.modes, o.sizes, o.keys if o.site_modes else (), _positions(o.take))
-            for o in _of(term, link)
-        ),
-    )
-
-
-def _of(term: Term, link: Link) -> list[Operand]:
-    return [term.operands[i] for i in link.operands]
+    operands = (term.operands[i] for i in link.operands)
+    keys = ((o.block.name, o.modes, o.sizes, o.keys if o.site_modes else (), _positions(o.take)) for o in operands)
+    return link.pairs, link.modes, *keys
 
 
 def _positions(take: tuple[object, ...]) -> tuple[object, ...]:
@@ -76,9 +66,7 @@ def _positions(take: tuple[object, ...]) -> tuple[object, ...]:
 
 def copies(term: Term, link: Link) -> int:
     """For how many sites, or keys, the prologue builds a link."""
-    return len(
-        {tuple(operand.keys[site] for operand in _of(term, link)) for site in range(len(_of(term, link)[0].keys))}
-    )
+    return len({*zip(*(term.operands[i].keys for i in link.operands), strict=True)})
 
 
 def _passes(link: Link, regime: Regime) -> int:
@@ -108,8 +96,8 @@ def _moved(term: Term, link: Link, size: int, regime: Regime) -> int:
     source = prod(sizes[mode] for mode in link.before) * (times if last and SITE not in link.before else 1)
     result = prod(sizes[mode] for mode in link.after) * times
     tensor = term.size(link.modes) * (size if link.own else 1)
-    forward = source + tensor + result * (2 if last else 1)
+    forward, backward = source + tensor + result * (2 if last else 1), source + tensor + result
     if not regime.gradients:
         return forward
     kept = prod(sizes[mode] for mode in link.before)
-    return forward + (result + tensor + source) + link.trainable * (result + source + tensor + kept)
+    return forward + backward + link.trainable * (backward + kept)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from tensorpeft.network.network import Group, Operand, Term
 from tensorpeft.planning.base_product import without_base
-from tensorpeft.planning.chain import Chain, chain
+from tensorpeft.planning.chain import Chain, by_itself, chain
 from tensorpeft.planning.orders import orders
 from tensorpeft.planning.regime import Regime
 from tensorpeft.planning.weight_sites import dense_chain, some_sites
@@ -85,7 +85,7 @@ def _side(term: Term, magnitude: Operand) -> str:
 
 def _norm_plan(group: Group, side: str, regime: Regime) -> NormPlan:
     """The cheaper of the two ways; the narrow one is there if every product has its part in it."""
-    whole = some_sites(group, range(len(group.sites)))
+    whole = some_sites(group)
     divided = tuple(o for term in group.terms for o in term.operands if o.block.rule.norm and _side(term, o) == side)
     halves: list[Half | None] = []
     scales: list[Half | None] = []
@@ -155,9 +155,8 @@ def _scale(group: Group, term: Term, side: str) -> Half | None:
 
 def _halves(group: Group, term: Term, side: str) -> Half | None:
     """A product as two links that have nothing in common but the cut, the cheapest of those that there are."""
-    bundles = tuple((number,) for number in range(len(group.sites)))
     pairs = (order for order in orders(term, 1, frozenset()) if len(order) == 2)
-    made = [chain(group, term, order, 1, bundles, beforehand=True) for order in pairs]
+    made = [chain(group, term, order, 1, by_itself(group), beforehand=True) for order in pairs]
     found = [(term, each) for each in made if _is_cut(term, each)]
     return min(found, key=lambda each: _narrow_flops(group, side, [each]), default=None)
 

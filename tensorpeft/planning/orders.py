@@ -14,9 +14,8 @@ from tensorpeft.network.network import Term
 from tensorpeft.network.rank import distances, minimum_cut
 
 TOKEN = "<token>"  # no spec can name a mode like this
-Path = tuple[
-    tuple[int, int], ...
-]  # the two tensors of each step: inputs from 0 on, then what the steps before have made
+# the two tensors of each step: inputs from 0 on, then what the steps before have made
+Path = tuple[tuple[int, int], ...]
 Order = tuple[tuple[int, ...], ...]  # which operands form each link, in the order of the links
 _SHORT = 5  # links up to which every way to join neighbours is a candidate
 _FEW, _MANY = 5, 16  # operands up to which the best path is searched exhaustively, or by dynamic programming
@@ -64,9 +63,8 @@ def _coarser(order: Order) -> Iterator[Order]:
     if n <= _SHORT:
         cuts = [[i + 1 for i in range(n - 1) if chosen >> i & 1] for chosen in range(1 << (n - 1))]
     else:
-        cuts = [
-            [i for i in range(1, n) if not first < i < last] for first in range(n) for last in range(first + 1, n + 1)
-        ]
+        runs_of_links = itertools.combinations(range(n + 1), 2)
+        cuts = [[i for i in range(1, n) if not first < i < last] for first, last in runs_of_links]
     for cut in sorted(cuts, key=len, reverse=True):
         runs = zip([0, *cut], [*cut, n], strict=True)
         yield tuple(tuple(sorted(i for link in order[start:stop] for i in link)) for start, stop in runs)
@@ -75,8 +73,7 @@ def _coarser(order: Order) -> Iterator[Order]:
 def _halves(term: Term, cut: Iterable[str]) -> Iterator[Order]:
     """The factors on the input's side of a cut, and the others. At the minimum cut this is the pair (L, R) of the normal form."""
     reached = distances(term, {*cut, *SITE_MODES, "task"})
-    left = tuple(i for i in range(len(term.operands)) if i in reached)
-    right = tuple(i for i in range(len(term.operands)) if i not in reached)
+    left, right = (tuple(i for i in range(len(term.operands)) if (i in reached) == near) for near in (True, False))
     if left and right:
         yield left, right
 

@@ -16,16 +16,7 @@ from functools import cached_property
 
 from tensorpeft.network.network import Group, Network, Term
 from tensorpeft.planning.base_product import through_base
-from tensorpeft.planning.chain import (
-    SITE,
-    Bundles,
-    Chain,
-    Link,
-    chain,
-    operand_modes,
-    site_axes,
-    site_sizes,
-)
+from tensorpeft.planning.chain import SITE, Bundles, Chain, Link, by_itself, chain
 from tensorpeft.planning.cost import Built, Cost, chain_cost, copies, prologue_key
 from tensorpeft.planning.norms import NormPlan, norm_plans
 from tensorpeft.planning.orders import TOKEN, activation, contract_path, orders
@@ -33,19 +24,6 @@ from tensorpeft.planning.regime import Regime
 from tensorpeft.planning.shared_inputs import InputSet, bundles_of, input_sets
 from tensorpeft.planning.verify import verify_chain, verify_prologue, verify_sets, verify_sites
 from tensorpeft.planning.weight_sites import apart_chains, some_sites
-
-__all__ = [
-    "SITE",
-    "TOKEN",
-    "Chain",
-    "GroupPlan",
-    "Link",
-    "Plan",
-    "operand_modes",
-    "plan",
-    "site_axes",
-    "site_sizes",
-]
 
 
 @dataclass(frozen=True)
@@ -56,11 +34,6 @@ class GroupPlan:
     chains: tuple[Chain, ...]
     bundles: Bundles
     prologue_flops: int  # on factors alone, for all sites of the group; what another group's prologue has made is free
-
-    @property
-    def by_task(self) -> bool:
-        """Whether a site needs to know which task each row of a batch belongs to."""
-        return any("task" in link.batch for chain in self.chains for link in chain.links)
 
     @property
     def site_flops(self) -> int:
@@ -76,9 +49,7 @@ class Plan:
 
     network: Network
     regime: Regime
-    groups: tuple[
-        GroupPlan, ...
-    ]  # of the network's groups; one that goes through W x is two (``planning.base_product``)
+    groups: tuple[GroupPlan, ...]  # of the network's; one that goes through W x is two (``planning.base_product``)
     sets: tuple[InputSet, ...]  # of linear modules alone; they speak of ``groups`` by number
 
     @cached_property
@@ -95,12 +66,13 @@ class Plan:
     @property
     def held(self) -> int:
         """Numbers that are made of trained factors beforehand, and held from the forward pass to the backward pass."""
-        made = {}
-        for planned in self.groups:
-            for term, each in zip(planned.group.terms, planned.chains, strict=True):
-                for link in each.links:
-                    if link.trainable and len(link.operands) > 1 and not link.at_site:
-                        made[prologue_key(term, link)] = copies(term, link) * term.size(link.modes)
+        pairs = [pair for planned in self.groups for pair in zip(planned.group.terms, planned.chains, strict=True)]
+        made = {
+            prologue_key(term, link): copies(term, link) * term.size(link.modes)
+            for term, each in pairs
+            for link in each.links
+            if link.trainable and len(link.operands) > 1 and not link.at_site
+        }
         return sum(made.values())
 
     @property
@@ -133,7 +105,7 @@ class Plan:
         for planned in self.groups:
             group = planned.group
             verify_sites(group, planned.bundles)
-            whole = group if group.kind == "linear" else some_sites(group, range(len(group.sites)))
+            whole = group if group.kind == "linear" else some_sites(group)
             for term, each in zip(whole.terms, planned.chains, strict=True):
                 verify_chain(whole, term, each, self.regime.tokens)
             verify_prologue(whole, planned.chains, planned.prologue_flops, built)
@@ -141,10 +113,9 @@ class Plan:
 
     def __str__(self) -> str:
         regime = self.regime
-        lines = [
-            f"plan for {regime.tokens} tokens, {'forward and backward' if regime.gradients else 'forward alone'}: "
-            f"{self.flops:,} FLOPs, {self.flops_per_token:,} per token"
-        ]
+        passes = "forward and backward" if regime.gradients else "forward alone"
+        cost = f"{self.flops:,} FLOPs, {self.flops_per_token:,} per token"
+        lines = [f"plan for {regime.tokens} tokens, {passes}: {cost}"]
         alike: dict[str, list[str]] = {}
         for plan in self.groups:
             text = "\n".join(_told(plan))
@@ -203,52 +174,36 @@ def plan(network: Network, regime: Regime = Regime(), *, alone: bool = True) -> 
     Without gradients no plan needs more FLOPs than opt_einsum's best path at each site by itself, or than dW itself.
     An adapter that is ``alone`` on its model has what the base computes (``planning.base_product``).
     """
-    whole = network.groups if not alone or network.spec.dropout else _through_base(network)
+    whole = network.groups
+    if alone and not network.spec.dropout:
+        whole = tuple(part for group in whole for part in through_base(group))
+    dropped = frozenset(name for name, _ in network.spec.dropout if name != "x")
     sets = input_sets(whole)
     built: Built = set()
-    groups = tuple(
-        _plan_group(group, bundles_of(sets, number), _dropped(network), regime, built)
-        if group.kind == "linear"
-        else _plan_apart(group, regime)
-        for number, group in enumerate(whole)
-    )
-    return Plan(network, regime, groups, sets)
-
-
-def _through_base(network: Network) -> tuple[Group, ...]:
-    parts = (through_base(group) if group.kind == "linear" else (group,) for group in network.groups)
-    return tuple(part for each in parts for part in each)
-
-
-def _plan_apart(group: Group, regime: Regime) -> GroupPlan:
-    chains = apart_chains(group, regime)
-    bundles = tuple((number,) for number in range(len(group.sites)))
-    return GroupPlan(group, chains, bundles, sum(link.building for each in chains for link in each.links))
-
-
-def _dropped(network: Network) -> frozenset[str]:
-    return frozenset(name for name, _ in network.spec.dropout if name != "x")
+    groups = []
+    for number, group in enumerate(whole):
+        if group.kind == "linear":
+            groups.append(_plan_group(group, bundles_of(sets, number), dropped, regime, built))
+        else:
+            chains = apart_chains(group, regime)
+            beforehand = sum(link.building for each in chains for link in each.links)
+            groups.append(GroupPlan(group, chains, by_itself(group), beforehand))
+    return Plan(network, regime, tuple(groups), sets)
 
 
 def _plan_group(group: Group, bundles: Bundles, dropped: frozenset[str], regime: Regime, built: Built) -> GroupPlan:
     chains, beforehand = [], 0
     for term in group.terms:
-        chains.append(_cheapest(group, term, bundles, dropped, regime, built))
+        bonds = dropped & {mode for operand in term.operands for mode in operand.modes}
+        found = [chain(group, term, order, regime.tokens, bundles) for order in orders(term, regime.tokens, bonds)]
+        costs = [chain_cost(group, term, each, bundles, regime, built) for each in found]
+        within = _bound(group, term, costs, regime)
+        chains.append(min(zip(found, costs, strict=True), key=lambda pair: (pair[1].flops > within, pair[1].weight))[0])
         for link in chains[-1].links:
             key = prologue_key(term, link)
             beforehand += link.prologue_flops * (key not in built)
             built.add(key)
     return GroupPlan(group, tuple(chains), bundles, beforehand)
-
-
-def _cheapest(
-    group: Group, term: Term, bundles: Bundles, dropped: frozenset[str], regime: Regime, built: Built
-) -> Chain:
-    bonds = dropped & {mode for operand in term.operands for mode in operand.modes}
-    found = [chain(group, term, order, regime.tokens, bundles) for order in orders(term, regime.tokens, bonds)]
-    costs = [chain_cost(group, term, each, bundles, regime, built) for each in found]
-    within = _bound(group, term, costs, regime)
-    return min(zip(found, costs, strict=True), key=lambda pair: (pair[1].flops > within, pair[1].weight))[0]
 
 
 def _bound(group: Group, term: Term, costs: list[Cost], regime: Regime) -> float:
@@ -257,10 +212,10 @@ def _bound(group: Group, term: Term, costs: list[Cost], regime: Regime) -> float
         return float("inf")
     sizes = {**term.sizes, TOKEN: regime.tokens, "task": 1}
     x, factors = activation(term), [operand.modes for operand in term.operands]
-    tasks = x[: x.index(TOKEN)]
-    by_chain = contract_path([x, *factors], (*tasks, TOKEN, *term.d_out), sizes, few=7)[1]
+    lead = x[: x.index(TOKEN)]
+    by_chain = contract_path([x, *factors], (*lead, TOKEN, *term.d_out), sizes, few=7)[1]
     if {*term.d_in} & {*term.d_out}:  # behind or ahead of W; there is no dW
         return max(by_chain * len(group.sites), min(cost.flops for cost in costs))
-    dense = contract_path(factors, (*tasks, *term.d_in, *term.d_out), sizes)[1] if len(factors) > 1 else 0
+    dense = contract_path(factors, (*lead, *term.d_in, *term.d_out), sizes)[1] if len(factors) > 1 else 0
     by_matrix = dense + 2 * regime.tokens * term.size((*term.d_in, *term.d_out))
     return max(min(by_chain, by_matrix) * len(group.sites), min(cost.flops for cost in costs))

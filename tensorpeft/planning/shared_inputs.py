@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -38,10 +38,8 @@ def input_sets(groups: Iterable[Group]) -> tuple[InputSet, ...]:
         for i, site in enumerate(group.sites):
             key = (number, i) if alone else (group.at, *input_of(site))
             found[key][number].append(i)
-    return tuple(
-        InputSet(tuple(Bundle(number, tuple(sites)) for number, sites in by_group.items()))
-        for by_group in found.values()
-    )
+    bundles = ((Bundle(number, tuple(sites)) for number, sites in by_group.items()) for by_group in found.values())
+    return tuple(InputSet(tuple(each)) for each in bundles)
 
 
 def input_of(site: Site) -> tuple[object, ...]:
@@ -54,8 +52,3 @@ def input_of(site: Site) -> tuple[object, ...]:
 def bundles_of(sets: tuple[InputSet, ...], number: int) -> tuple[tuple[int, ...], ...]:
     """How the sites of a group fall into input sets."""
     return tuple(bundle.sites for each in sets for bundle in each.bundles if bundle.group == number)
-
-
-def members(bundles: tuple[tuple[int, ...], ...]) -> Counter[int]:
-    """How many bundles there are of each size."""
-    return Counter(map(len, bundles))

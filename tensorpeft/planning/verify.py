@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from math import prod
 
 from tensorpeft.language.errors import InternalError
@@ -26,11 +26,8 @@ def verify_sets(sets: tuple[InputSet, ...], groups: Sequence[tuple[Group, Bundle
         expected = bundles if group.kind == "linear" else ()
         _hold(bundles_of(sets, number) == expected, f"the input sets have other bundles than group {number}")
     for each in sets:
-        read = {
-            (groups[bundle.group][0].at, *input_of(groups[bundle.group][0].sites[site]))
-            for bundle in each.bundles
-            for site in bundle.sites
-        }
+        members = ((groups[bundle.group][0], site) for bundle in each.bundles for site in bundle.sites)
+        read = {(group.at, *input_of(group.sites[site])) for group, site in members}
         _hold(len(read) == 1, f"an input set reads {len(read)} tensors")
 
 
@@ -78,7 +75,7 @@ def _verify_steps(group: Group, term: Term, link: Link) -> None:
         live.add(len(made))
         made.append(step.result)
     _hold(len(live) == 1, f"a link leaves {len(live)} tensors, expected one")
-    _hold(_same(made[-1], output), f"a link is built to {made[-1]}, expected {output}")
+    _hold(sorted(made[-1]) == sorted(output), f"a link is built to {made[-1]}, expected {output}")
 
 
 def verify_prologue(group: Group, chains: tuple[Chain, ...], flops: int, built: Built) -> None:
@@ -90,11 +87,6 @@ def verify_prologue(group: Group, chains: tuple[Chain, ...], flops: int, built: 
             expected += 0 if group.kind == "linear" and key in built else link.prologue_flops
             built.add(key)
     _hold(flops == expected, f"a group has {flops:,} FLOPs beforehand, expected {expected:,}")
-
-
-def _same(one: Iterable[str], other: Iterable[str]) -> bool:
-    """Whether there are the same modes in each, in whatever order."""
-    return sorted(one) == sorted(other)
 
 
 def _hold(fact: bool, otherwise: str) -> None:

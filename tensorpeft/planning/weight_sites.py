@@ -12,14 +12,14 @@ from dataclasses import replace
 
 from tensorpeft.language.spec import BASE_WEIGHT, SITE_MODES
 from tensorpeft.network.network import Axis, Group, Operand, Term
-from tensorpeft.planning.chain import Chain, chain
+from tensorpeft.planning.chain import Chain, by_itself, chain
 from tensorpeft.planning.orders import Order, orders
 from tensorpeft.planning.regime import Regime
 
 
-def some_sites(group: Group, numbers: Iterable[int]) -> Group:
-    """Some sites of a group, where the base weight is a factor like any other: one that each site has for itself."""
-    chosen = tuple(numbers)
+def some_sites(group: Group, numbers: Iterable[int] | None = None) -> Group:
+    """Some sites of a group, or all, where the base weight is a factor like any other: one that each site has for itself."""
+    chosen = tuple(range(len(group.sites)) if numbers is None else numbers)
     sites = tuple(group.sites[number] for number in chosen)
     keys = tuple(site.key for site in sites)
 
@@ -41,7 +41,7 @@ def dense_chain(group: Group, term: Term) -> Chain:
 
 def apart_chains(group: Group, regime: Regime) -> tuple[Chain, ...]:
     """The chains of a group of sites that are no linear modules; all tensors are built beforehand."""
-    whole = some_sites(group, range(len(group.sites)))
+    whole = some_sites(group)
     return tuple(_cheapest(whole, term, regime) for term in whole.terms)
 
 
@@ -50,7 +50,12 @@ def _cheapest(group: Group, term: Term, regime: Regime) -> Chain:
         return dense_chain(group, term)
     found = [chain_beforehand(group, term, order, regime.tokens) for order in orders(term, regime.tokens, frozenset())]
     fitting = [each for each in found if len(each.links) == 1 or _is_pair(each, term)]
-    return min(fitting, key=lambda each: _flops(each, len(group.sites), regime))
+    passes = 3 if regime.gradients else 1
+
+    def flops(each: Chain) -> int:
+        return sum((link.flops * len(group.sites) + link.building) * passes for link in each.links)
+
+    return min(fitting, key=flops)
 
 
 def _is_pair(found: Chain, term: Term) -> bool:
@@ -61,13 +66,8 @@ def _is_pair(found: Chain, term: Term) -> bool:
 
 def chain_beforehand(group: Group, term: Term, order: Order, tokens: int) -> Chain:
     """A chain of tensors that are built beforehand. Rows of an embedding are looked up, not multiplied."""
-    found = chain(group, term, order, tokens, tuple((number,) for number in range(len(group.sites))), beforehand=True)
+    found = chain(group, term, order, tokens, by_itself(group), beforehand=True)
     if group.kind != "embedding":
         return found
     first, *others = found.links
     return replace(found, links=(replace(first, flops=0), *others))
-
-
-def _flops(found: Chain, sites: int, regime: Regime) -> int:
-    passes = 3 if regime.gradients else 1
-    return sum((link.flops * sites + link.building) * passes for link in found.links)

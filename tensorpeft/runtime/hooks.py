@@ -99,7 +99,8 @@ class ModuleForward:
         with self._turn, at_exit(restore):
             for each in at_work:
                 each.replace(self.module)
-            return self.base(*args, **named)
+            y = self.base(*args, **named)
+        return y
 
     # Who takes part
 

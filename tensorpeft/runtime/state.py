@@ -111,7 +111,7 @@ class State:
                 self._follow(held, here[held.name])
 
     def _look_again(self) -> None:
-        """Something lies elsewhere. Layers may be left out or turned round, but a module of a site is to be one that is adapted."""
+        """Something lies elsewhere. Layers may be left out or turned round, but the module of a site is to be an adapted one."""
         model, own = self.base_model(), {id(module) for module in self.modules}
         for path in dict.fromkeys(site.module for site in self.network.sites):
             try:

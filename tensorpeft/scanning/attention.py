@@ -41,9 +41,8 @@ def _layout(module_class: type[nn.Module], name: str) -> Mapping[str, Any] | Non
 
 
 def _blocks(told: int | str, owner: Any) -> int:
-    if isinstance(told, int):
-        return told
-    return next((number for name in _HEADS if isinstance(number := getattr(owner, name, None), int)), 0)
+    numbers = [told] if isinstance(told, int) else [getattr(owner, name, None) for name in _HEADS]
+    return next((number for number in numbers if isinstance(number, int)), 0)
 
 
 def with_heads(site: Site, modules: Mapping[str, nn.Module]) -> Site:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from math import prod
 from typing import Any
 
@@ -28,9 +29,7 @@ def linears(path: str, module: nn.Module) -> Iterator[Linear]:
     elif (sides := _sides(module)) and not is_router(module):
         if is_plain(module) or not _has_numbers(module):
             yield Linear(path, *sides)
-        elif (
-            "weight" in module._parameters
-        ):  # it does something else with W x, or before it: its weight is replaced then
+        elif "weight" in module._parameters:  # it does more than W x: its weight is replaced then
             yield Linear(path, *sides, "parameter", "weight", transposed=hasattr(module, "nf"))
     elif not is_norm(module):
         yield from _own(path, module)
@@ -65,9 +64,8 @@ def is_plain(module: nn.Module) -> bool:
     What another library has put in the place of a module's forward is not known, but for accelerate's, which moves tensors.
     """
     own = module.__dict__.get("forward")
-    if own is not None and not (isinstance(own, ModuleForward) or hasattr(module, "_hf_hook")):
-        return False
-    if isinstance(own, ModuleForward) and own.before is not None and not hasattr(module, "_hf_hook"):
+    is_known = own is None or (isinstance(own, ModuleForward) and own.before is None)
+    if not (is_known or hasattr(module, "_hf_hook")):
         return False
     forward = type(module).forward
     return forward in _PLAIN or f"{forward.__module__}.{forward.__qualname__}" in _PLAIN_BY_NAME
@@ -85,10 +83,8 @@ def _has_numbers(module: nn.Module) -> bool:
 
 def _embedding(path: str, module: nn.Embedding) -> Linear:
     """A class of its own may scale the rows, or look others up than it is given: then it reads its weight, to us, by itself."""
-    sides = module.embedding_dim, module.num_embeddings
-    if is_plain(module):
-        return Linear(path, *sides, "embedding")
-    return Linear(path, *sides, "parameter", "weight", transposed=True)
+    plain = Linear(path, module.embedding_dim, module.num_embeddings, "embedding")
+    return plain if is_plain(module) else replace(plain, kind="parameter", parameter="weight", transposed=True)
 
 
 def _attention(path: str, module: nn.MultiheadAttention) -> Iterator[Linear]:
@@ -122,6 +118,5 @@ def _experts(path: str, module: Any, name: str, shape: tuple[int, ...]) -> Itera
         half = (d_out // 2, d_out) if getattr(module, "is_concatenated", True) else (1, 2)
         parts = {"gate": Rows(0, *half), "up": Rows(half[0], *half)}
     for part, rows in parts.items():
-        yield Linear(
-            path, d_out // len(parts), d_in, "parameter", name, part, rows=rows, experts=experts, transposed=transposed
-        )  # fmt: skip
+        whole = Linear(path, d_out // len(parts), d_in, "parameter", name, part, rows=rows)
+        yield replace(whole, experts=experts, transposed=transposed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,19 +18,16 @@ IsHead = Callable[[str], bool]
 
 def parameters(modules: Mapping[str, nn.Module], is_head: IsHead) -> tuple[Parameter, ...]:
     """The parameters of modules, each once: under its first path, with the kinds and the paths of all that share it."""
-    paths: dict[int, str] = {}
-    counts: dict[str, int] = {}
-    kinds: dict[str, set[str]] = {}
-    others: dict[str, list[str]] = {}
+    found: dict[int, Parameter] = {}
     for module_path, module in modules.items():
         for name, parameter in module.named_parameters(recurse=False):
-            here = f"{module_path}.{name}".removeprefix(".")
-            path = paths.setdefault(id(parameter), here)
-            counts[path] = parameter.numel()
-            others.setdefault(path, []).extend([here] * (here != path))
-            found = {"norms": is_norm(module), "biases": "bias" in name, "head": is_head(here)}
-            kinds.setdefault(path, set()).update(kind for kind, true in found.items() if true)
-    return tuple(Parameter(path, counts[path], frozenset(kinds[path]), tuple(others[path])) for path in counts)
+            path = f"{module_path}.{name}".removeprefix(".")
+            told = {"norms": is_norm(module), "biases": "bias" in name, "head": is_head(path)}
+            first = found.setdefault(id(parameter), Parameter(path, parameter.numel()))
+            others = (*first.others, *[path] * (path != first.path))
+            kinds = first.kinds.union(kind for kind, true in told.items() if true)
+            found[id(parameter)] = replace(first, kinds=kinds, others=others)
+    return tuple(found.values())
 
 
 def head_of(modules: Mapping[str, nn.Module], sites: Iterable[Site], sizes: Mapping[str, int]) -> IsHead:

@@ -11,6 +11,7 @@ from functools import cache
 from torch import nn
 
 _ABOUT = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "data", "is_meta", "requires_grad"}  # no numbers
+_SET_UP = ("__init__", "_init", "init", "reset", "tie")  # how names of methods that set a class up begin
 
 
 @cache
@@ -60,10 +61,8 @@ def _mentions(module_class: type) -> frozenset[tuple[str, str, bool]]:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(module_class))).body
     except (OSError, TypeError, SyntaxError, ValueError):
         return frozenset()
-    set_up = ("__init__", "_init", "init", "reset", "tie")
-    methods = [
-        each for each in ast.walk(tree) if isinstance(each, ast.FunctionDef) and not each.name.startswith(set_up)
-    ]
+    functions = (each for each in ast.walk(tree) if isinstance(each, ast.FunctionDef))
+    methods = [each for each in functions if not each.name.startswith(_SET_UP)]
     return frozenset((method.name, name, is_read) for method in methods for name, is_read in _of_function(method))
 
 

@@ -63,9 +63,8 @@ def _refuse(model: object) -> None:
         raise ModelError("the model is one of TorchScript, which cannot be adapted; compile it afterwards")
     for path, module in model.named_modules():
         if any(is_lazy(parameter) for parameter in module.parameters(recurse=False)):
-            raise ModelError(
-                f"`{path}` ({type(module).__name__}) has no weight yet; call the model once, then adapt it"
-            )
+            told = f"`{path}` ({type(module).__name__}) has no weight yet"
+            raise ModelError(f"{told}; call the model once, then adapt it")
 
 
 def _linears(modules: Mapping[str, nn.Module]) -> list[Linear]:

@@ -9,7 +9,7 @@ import torch
 
 import tensorpeft as tp
 from tensorpeft.emission.emit import emit
-from tensorpeft.emission.input_kind import SetKind
+from tensorpeft.emission.lowering import SetKind
 from tensorpeft.emission.program import program
 from tensorpeft.network import mask_packing as packing
 from tensorpeft.pipeline import front

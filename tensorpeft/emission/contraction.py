@@ -193,15 +193,11 @@ class Code:
             node = self.call(operator.getitem, node, 0) if n == 0 else self.call("squeeze", node, n)
         return NamedTensor(node, tuple(group for group in groups if group))
 
-    def add(self, into: NamedTensor, a: NamedTensor, b: NamedTensor, alpha: float = 1) -> bool:
-        """Add ``alpha`` times a product to ``into``, in its memory, in one kernel; False, and nothing done, if none can."""
-        return self._into(into, a, b, alpha, keep=True)
-
     def accumulate(
         self, into: NamedTensor, a: NamedTensor, b: NamedTensor, alpha: float = 1, *, keep: bool = True
     ) -> None:
         """``add`` in two kernels where one cannot. Without ``keep`` what ``into`` held before is lost."""
-        if not self._into(into, a, b, alpha, keep=keep):
+        if not self.add(into, a, b, alpha, keep=keep):
             self.put(into, self.contract(a, b, into.modes, alpha), keep=keep)
 
     def put(self, into: NamedTensor, found: NamedTensor, *, keep: bool = True) -> None:
@@ -210,10 +206,11 @@ class Code:
         source = found.node if target is not None else self.grouped(found, into.axes)
         self.call("add_" if keep else "copy_", into.node if target is None else target, source)
 
-    def _into(self, into: NamedTensor, a: NamedTensor, b: NamedTensor, alpha: float, *, keep: bool) -> bool:
+    def add(self, into: NamedTensor, a: NamedTensor, b: NamedTensor, alpha: float = 1, *, keep: bool = True) -> bool:
+        """Add ``alpha`` times a product to ``into``, in its memory, in one kernel; False, and nothing done, if none can."""
         roles = self._roles(a, b, frozenset(into.modes))
         if not roles.summed:
-            segments = self._segments(a, b, self._order(a, roles))
+            segments = self._segments(a, b, roles)
             target = self.view(into, segments)
             if target is None or not keep:
                 return False
@@ -275,7 +272,7 @@ class Code:
 
     def _elementwise(self, a: NamedTensor, b: NamedTensor, roles: _Roles, alpha: float) -> NamedTensor:
         """The product with broadcasting, summed where something is."""
-        segments = self._segments(a, b, self._order(a, roles), frozenset(roles.summed))
+        segments = self._segments(a, b, roles)
         small, large = (a, b) if len(a.modes) < len(b.modes) else (b, a)
         right = self._aligned(small, segments)
         if alpha != 1:
@@ -294,25 +291,21 @@ class Code:
         starts = [tensor.modes.index(segment[0]) for segment in segments if segment[0] in tensor.modes]
         return not tensor.gaps and starts == sorted(starts)
 
-    def _order(self, a: NamedTensor, roles: _Roles) -> Modes:
-        """The modes of a product: a's, with b's own behind them; which of several sites it is comes first."""
+    def _segments(self, a: NamedTensor, b: NamedTensor, roles: _Roles) -> tuple[Modes, ...]:
+        """The modes of a product in runs that each tensor has as one axis or lacks: a's, with b's own behind them."""
         order = (*a.modes, *roles.right)
-        return (SITE, *(mode for mode in order if mode != SITE)) if SITE in roles.right else order
-
-    def _segments(
-        self, a: NamedTensor, b: NamedTensor, order: Modes, apart: frozenset[str] = frozenset()
-    ) -> tuple[Modes, ...]:
-        """The modes of a product in runs that each tensor has as one axis or lacks."""
+        if SITE in roles.right:  # which of several sites it is comes first
+            order = (SITE, *(mode for mode in order if mode != SITE))
         runs: list[Modes] = []
         for mode in order:
-            if runs and self._same(runs[-1], mode, a, b, apart):
+            if runs and self._same(runs[-1], mode, a, b, roles.summed):
                 runs[-1] = (*runs[-1], mode)
             else:
                 runs.append((mode,))
         return tuple(runs)
 
-    def _same(self, run: Modes, mode: str, a: NamedTensor, b: NamedTensor, apart: frozenset[str]) -> bool:
-        if any((mode in modes) != (run[-1] in modes) for modes in (apart, a.modes, b.modes)):
+    def _same(self, run: Modes, mode: str, a: NamedTensor, b: NamedTensor, summed: Modes) -> bool:
+        if any((mode in modes) != (run[-1] in modes) for modes in (summed, a.modes, b.modes)):
             return False
         return all(self._start(tensor, (*run, mode)) is not None for tensor in (a, b) if mode in tensor.modes)
 

@@ -18,15 +18,14 @@ from torch import Tensor, fx
 
 from tensorpeft.emission.index import Index
 from tensorpeft.emission.lowering import FusedProjection, LoweredChain, ModuleSite, SetKind, lower_chains
+from tensorpeft.emission.norms import NormCode
 from tensorpeft.emission.program import SetProgram, program
 from tensorpeft.emission.prologue import PrologueCode, StackPart
-from tensorpeft.model.shape import Rows, Site
+from tensorpeft.model.shape import Site
 from tensorpeft.network.network import Group, Term
 from tensorpeft.planning.chain import Bundles
 from tensorpeft.planning.plan import Plan
 from tensorpeft.planning.shared_inputs import InputSet
-
-SitePlace = tuple[int, int, Rows | None]  # a site's bundle, its number there, and its rows
 
 
 @dataclass(frozen=True)
@@ -46,9 +45,10 @@ class SetCall:
 
 
 @dataclass(frozen=True)
-class Emitted:
-    """All emitted code of an adapter."""
+class PlanCode:
+    """All emitted code of a plan."""
 
+    plan: Plan
     prologue: fx.GraphModule
     inputs: tuple[str, ...]  # names of the blocks that the prologue takes, in order
     indices: tuple[Index, ...]  # and behind them these
@@ -65,6 +65,9 @@ class Emitted:
     def listings(self) -> Iterator[tuple[str, str]]:
         """The text of every function, with what it is for."""
         yield "once per forward pass", listing("prologue", self.prologue)
+        if self.plan.norms:
+            norms = NormCode(self.plan.norms, (block for block in self.plan.network.blocks if block.rule.norm))
+            yield "once per forward pass: the norms of W + dW", listing("norms", norms.code)
         counts = Counter(call.program for call in self.sets)
         for call in {call.program: call for call in reversed(self.sets)}.values():
             modules = ", ".join(site.module for site in call.modules)
@@ -83,7 +86,7 @@ def listing(name: str, code: fx.GraphModule) -> str:
     return text.replace("def forward(self, ", f"def {name}(").replace("tensorpeft_emission_ops_", "ops.").rstrip()
 
 
-def emit(plan: Plan) -> Emitted:
+def emit(plan: Plan) -> PlanCode:
     """The code of a plan."""
     prologue = PrologueCode(block.name for block in plan.network.blocks)
     alike: dict[object, list[InputSet]] = defaultdict(list)
@@ -92,46 +95,46 @@ def emit(plan: Plan) -> Emitted:
     calls = [call for sets in alike.values() for call in _kind(plan, prologue, sets)]
     code = prologue.finish()
     indices = tuple(index for _, index in prologue.indices.values())
-    return Emitted(code, tuple(prologue.inputs), indices, tuple(calls))
+    return PlanCode(plan, code, tuple(prologue.inputs), indices, tuple(calls))
 
 
 def _signature(plan: Plan, each: InputSet) -> object:
     """Sets of one signature have their sites in the same groups, and in modules of the same make."""
-    return tuple((bundle.group, len(bundle.sites)) for bundle in each.bundles), _modules(plan, each)[1]
+    modules = (tuple((at, member, site.rows) for site, at, member in sites) for sites in _modules(plan, each))
+    return tuple((bundle.group, len(bundle.sites)) for bundle in each.bundles), *modules
 
 
-def _modules(plan: Plan, each: InputSet) -> tuple[dict[str, list[Site]], tuple[tuple[SitePlace, ...], ...]]:
-    """The modules of a set with their sites; and for each site its bundle, its number there, and its rows."""
-    sites: dict[str, list[Site]] = defaultdict(list)
-    sites_of: dict[str, list[SitePlace]] = defaultdict(list)
+def _modules(plan: Plan, each: InputSet) -> list[list[tuple[Site, int, int]]]:
+    """Of each module of a set the sites, with their bundles and their numbers there."""
+    found: dict[str, list[tuple[Site, int, int]]] = defaultdict(list)
     for at, bundle in enumerate(each.bundles):
         for member, number in enumerate(bundle.sites):
             site = plan.groups[bundle.group].group.sites[number]
-            sites[site.path].append(site)
-            sites_of[site.path].append((at, member, site.rows))
-    return sites, tuple(map(tuple, sites_of.values()))
+            found[site.path].append((site, at, member))
+    return list(found.values())
 
 
 def _kind(plan: Plan, prologue: PrologueCode, sets: list[InputSet]) -> list[SetCall]:
     """The calls of input sets of one signature."""
     given = SetInputs(plan, prologue, sets)
-    found, sites_of = _modules(plan, sets[0])
+    modules = _modules(plan, sets[0])
+    first = [sites[0][0] for sites in modules]
     kind = SetKind(
         chains=tuple(given.chains),
         arguments=tuple(given.arguments),
         trainable=tuple(given.trainable),
         projections=given.projections(),
         modules=tuple(
-            tuple(ModuleSite(given.of_bundle[b], member, rows) for b, member, rows in each) for each in sites_of
+            tuple(ModuleSite(given.of_bundle[at], member, site.rows) for site, at, member in sites) for sites in modules
         ),
-        d_in=next(iter(found.values()))[0].d_in,
-        d_out=tuple(sites[0].module_d_out for sites in found.values()),
+        d_in=first[0].d_in,
+        d_out=tuple(site.module_d_out for site in first),
         dropout=dict(plan.network.spec.dropout).get("x", 0.0),
     )
     at = plan.groups[sets[0].bundles[0].group].group.at
-    modules = [tuple(sites[0] for sites in _modules(plan, each)[0].values()) for each in sets]
+    firsts = [tuple(sites[0][0] for sites in _modules(plan, each)) for each in sets]
     arguments = [tuple((stack, rows[n]) for stack, rows in given.stacks) for n in range(len(sets))]
-    return [SetCall(program(kind), at, *each, given.indices) for each in zip(modules, arguments, strict=True)]
+    return [SetCall(program(kind), at, *each, given.indices) for each in zip(firsts, arguments, strict=True)]
 
 
 class SetInputs:

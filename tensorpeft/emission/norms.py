@@ -13,13 +13,11 @@ from tensorpeft.emission import ops
 from tensorpeft.emission.index import Index
 from tensorpeft.emission.intern import module
 from tensorpeft.emission.lowering import Argument
-from tensorpeft.emission.prologue import PrologueCode
-from tensorpeft.language.spec import SITE_MODES
+from tensorpeft.emission.named_tensor import Modes
+from tensorpeft.emission.prologue import KEY_ORDER, PrologueCode
 from tensorpeft.network.network import Block, Term
 from tensorpeft.planning.chain import Chain, Link
 from tensorpeft.planning.norms import NormPlan
-
-Modes = tuple[str, ...]
 
 
 class NormCode(PrologueCode):
@@ -117,7 +115,8 @@ class NormCode(PrologueCode):
             for operand in planned.magnitudes
             if operand.block.name == block.name
         ]
-        order = sorted(range(len(block.axes)), key=lambda i: _KEY_ORDER.get(block.axes[i].mode, len(_KEY_ORDER)))
+        keys = [i for mode in KEY_ORDER for i, axis in enumerate(block.axes) if axis.mode == mode]
+        order = [*keys, *(i for i in range(len(block.axes)) if i not in keys)]
         size, (table, planned, rows) = block.axes[order[-1]].size, parts[0]
         if rows != tuple(range(len(number))) or planned.kept != size:
             table = self._call("new_ones", table, (len(number), size))
@@ -126,6 +125,3 @@ class NormCode(PrologueCode):
                 table = self._call(ops.with_entries, table, index, node)
         table = self._call("reshape", table, tuple(block.axes[i].size for i in order))
         return self._call("permute", table, tuple(order.index(i) for i in range(len(order))))
-
-
-_KEY_ORDER = {mode: number for number, mode in enumerate((*SITE_MODES, "site"))}

@@ -28,7 +28,7 @@ from tensorpeft.network.network import Block, Group, Operand, Term
 from tensorpeft.planning.chain import ANY_SITE, SITE, Bundles, Link, operand_modes
 from tensorpeft.planning.cost import prologue_key
 
-_KEY_ORDER = (*SITE_MODES, "site")  # "site" is the axis of a block whose sites fill no grid
+KEY_ORDER = (*SITE_MODES, "site")  # "site" is the axis of a block whose sites fill no grid
 Rows = tuple[int, ...]
 
 
@@ -172,7 +172,7 @@ class PrologueCode:
         if block.entries is not None:
             return self._scattered(node, block)
         bound = [i for i, axis in enumerate(block.axes) if axis.labels is not None]
-        bound.sort(key=lambda i: _KEY_ORDER.index(block.axes[i].mode))
+        bound.sort(key=lambda i: KEY_ORDER.index(block.axes[i].mode))
         order = (*bound, *(i for i in range(len(block.axes)) if i not in bound))
         if order != tuple(range(len(order))):
             node = self._call("permute", node, order)
@@ -191,7 +191,7 @@ class PrologueCode:
         if block.entries is not None:
             return self._call("select", self._scattered(node, block), 0, block.keys.index(key))
         bound = [i for i, axis in enumerate(block.axes) if axis.labels is not None]
-        modes = sorted((block.axes[i].mode for i in bound), key=_KEY_ORDER.index)
+        modes = sorted((block.axes[i].mode for i in bound), key=KEY_ORDER.index)
         for i in reversed(bound):
             axis = block.axes[i]
             assert axis.labels is not None

@@ -157,9 +157,8 @@ def _places(sides: Mapping[str, Sides]) -> dict[str, _LayerPath]:
         alike = [place for place in found if of_shape[place.others, sides[path]] > 1]
         holding = [place for place in found if not place.is_last or not place.before]
         varying = [place for place in holding if of_path[place.others] > 1]
-        before, number, rest = next(
-            ((i.before, i.number, i.rest) for i in alike or varying or holding), (None, 0, path)
-        )
+        chosen = next(iter(alike or varying or holding), None)
+        before, number, rest = (chosen.before, chosen.number, chosen.rest) if chosen else (None, 0, path)
         places[path] = _LayerPath(before, number, rest or "linear")  # nn.Sequential has paths that are integers alone
     return places
 

@@ -46,13 +46,15 @@ def choose(target: Target, shape: ModelShape) -> tuple[Site, ...]:
                 message = f"`{other.module}` and `{site.module}` would both be `{site.matrix}` of layer {site.layer}"
                 problems.append(Problem(message, target.span(entry)))
     inside = [site for site in wanted.values() if _in_layers(site, target.layers)]
-    removed = {entry: _removed(entry, shape, inside) for entry in target.exclude}
-    for entry, sites in removed.items():
-        if not sites:
+    gone: set[Key] = set()
+    for entry in target.exclude:
+        modules = {(site.module, site.rows) for site in match(entry, shape)}
+        removed = {site.key for site in inside if (site.module, site.rows) in modules}
+        gone |= removed
+        if not removed:
             known = dict.fromkeys(site.matrix for site in inside)
             message = f"`{entry}` excludes nothing of {_named(known)}{did_you_mean(entry, known)}"
             problems.append(Problem(message, target.span(entry)))
-    gone = {site.key for sites in removed.values() for site in sites}
     kept = [site for site in inside if site.key not in gone]
     if not kept and not problems:
         problems.append(Problem("the target excludes every matrix that it names", _first_span(target)))
@@ -185,11 +187,6 @@ def _hiding(entry: str, target: Target, shape: ModelShape, touched: Container[st
         return []
     inside = (site for site in shape.sites if site.stack is not None and _in_layers(site, target.layers))
     return list(dict.fromkeys(s.matrix for s in inside if s.stack not in touched and is_fused(s.matrix)))
-
-
-def _removed(entry: str, shape: ModelShape, inside: Iterable[Site]) -> list[Site]:
-    modules = {(site.module, site.rows) for site in match(entry, shape)}
-    return [site for site in inside if (site.module, site.rows) in modules]
 
 
 def _in_layers(site: Site, layers: tuple[int, ...] | None) -> bool:

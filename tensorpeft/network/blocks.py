@@ -57,12 +57,12 @@ class Storage:
     @property
     def cuts(self) -> bool:
         """Whether masks leave other indices of its modes for each key."""
-        return self.masking is not None and self.masking.of_axes
+        return self.masking is not None and any(len(axes) == 1 for _, axes in self.masking.rules)
 
     def rule(self, axis: int) -> MaskRule:
-        """The rule that masks an axis."""
+        """The rule that masks an axis by itself."""
         assert self.masking is not None
-        return self.masking.rule(axis)
+        return next(rule for rule, axes in self.masking.rules if axes == (axis,))
 
 
 def store(

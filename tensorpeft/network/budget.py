@@ -1,4 +1,4 @@
-"""The largest rank within a budget: the trained numbers of a spec are counted at many ranks, without its network."""
+"""The number of trained parameters of a spec on a model, without its network; and the largest rank within a budget."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def n_trained(spec: Spec, model: ModelShape) -> int:
         return 0
     stacks = tuple(checked_stacks(spec, sites).values())
     scores = Scores(spec)
-    return counter(spec, model, stacks, scores)(fitted(spec, model, stacks, scores))
+    return _counter(spec, model, stacks, scores)(fitted(spec, model, stacks, scores))
 
 
 def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Spec:
@@ -55,7 +55,7 @@ def fitted(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scor
     """
     if spec.budget is None:
         return spec
-    count = counter(spec, model, stacks, scores)
+    count = _counter(spec, model, stacks, scores)
     top = min(spec.budget, MAX_RANK)  # each step of the rank adds at least one number
     counts = _gallop(lambda rank: _count_if_sized(count, spec, rank), spec.budget, top)
     least = counts[1]
@@ -101,11 +101,8 @@ def _count_if_sized(count: Callable[[Spec], int], spec: Spec, rank: int) -> int 
         return None
 
 
-def counter(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Callable[[Spec], int]:
-    """A function that counts the trained numbers of the spec at other ranks; what ranks do not change is done once, here.
-
-    These are the numbers that an optimizer would see. It raises SpecError where the sizes do not fit the model.
-    """
+def _counter(spec: Spec, model: ModelShape, stacks: Sequence[Placed], scores: Scores) -> Callable[[Spec], int]:
+    """A function that counts the trained numbers of the spec at other ranks; what ranks do not change is done once, here."""
     counters = [_of_stack(spec, model, placed, scores) for placed in stacks]
     return lambda sized: sum(count(sized) for count in counters)
 

@@ -20,7 +20,7 @@ def checked_stacks(spec: Spec, sites: Sequence[Site]) -> dict[str, list[tuple[Si
         SpecError: with each name of a matrix and each selector that speaks of nothing in the target; or for what some sites
             cannot do.
     """
-    problems = [*_selectors(spec, sites), *_heads(spec, sites), *_mask_values(spec, sites)]
+    problems = [*_selectors(spec, sites), *_values(spec, sites)]
     if problems:
         raise SpecError(problems)
     _check_activations(spec, sites)
@@ -61,20 +61,15 @@ def _layers(selector: Selector, sites: Sequence[Site]) -> str:
     return f", which has it in layers {ranges(layers)}" if layers else ", which has it in no layer"
 
 
-def _heads(spec: Spec, sites: Sequence[Site]) -> Iterator[Problem]:
-    for key, values in (("side", spec.heads.side), ("count", spec.heads.count)):
-        for name, _ in values:
-            if name != "*" and not any(site.is_named(name) for site in sites):
-                message = f"`heads: {{{key}: ...}}` speaks of `{name}`, which is no matrix of the target"
-                yield Problem(message + _hint(name, sites), spec.heads.span(key, name))
-
-
-def _mask_values(spec: Spec, sites: Sequence[Site]) -> Iterator[Problem]:
+def _values(spec: Spec, sites: Sequence[Site]) -> Iterator[Problem]:
+    """Of ``heads`` and of masks, which give values to matrices."""
+    heads = [(key, name) for key in ("side", "count") for name, _ in getattr(spec.heads, key) if name != "*"]
+    given = [(f"`heads: {{{key}: ...}}` speaks of", name, spec.heads.span(key, name)) for key, name in heads]
     for rule in spec.masks:
-        for name, value in rule.rule.options:
-            if not any(site.is_named(name) for site in sites):
-                message = f"`{rule.rule}` gives a value for `{name}`, which is no matrix of the target"
-                yield Problem(message + _hint(name, sites), value.span)
+        given += [(f"`{rule.rule}` gives a value for", name, value.span) for name, value in rule.rule.options]
+    for told, name, span in given:
+        if not any(site.is_named(name) for site in sites):
+            yield Problem(f"{told} `{name}`, which is no matrix of the target{_hint(name, sites)}", span)
 
 
 def _hint(name: str, sites: Sequence[Site]) -> str:

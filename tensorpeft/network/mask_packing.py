@@ -45,15 +45,6 @@ class FactorMasks:
         """Whether tensors are packed entry by entry."""
         return any(len(axes) > 1 for _, axes in self.rules)
 
-    @property
-    def of_axes(self) -> bool:
-        """Whether some rule speaks of one axis alone, whose kept indices then differ from key to key."""
-        return any(len(axes) == 1 for _, axes in self.rules)
-
-    def rule(self, axis: int) -> MaskRule:
-        """A rule for one axis by itself."""
-        return next(rule for rule, axes in self.rules if axes == (axis,))
-
     def masks(self, users: Users) -> tuple[Mask, ...]:
         """The masks of what a key holds.
 

@@ -29,10 +29,6 @@ class _Factor:
     modes: tuple[str, ...]
     storage: Storage | None  # None: the base weight
 
-    @property
-    def name(self) -> str:
-        return self.reference.factor
-
 
 @dataclass(frozen=True)
 class _GroupContext:
@@ -146,7 +142,7 @@ def _operand(context: _GroupContext, factor: _Factor, atoms: Atoms, kept: KeptAt
     left = tuple(len(kept[atom]) if atom in kept else sizes[atom] for atom in mine)
     site_modes = () if storage is None else storage.sharing.site_modes
     keys: tuple[Key, ...] = tuple(() if storage is None else storage.key(each) for each in context.sites)
-    return Operand(factor.name, block, mine, left, site_modes, keys, tuple(take))
+    return Operand(factor.reference.factor, block, mine, left, site_modes, keys, tuple(take))
 
 
 def _positions(wanted: np.ndarray, stored: np.ndarray | None, axis_size: int) -> tuple[int, ...] | None:

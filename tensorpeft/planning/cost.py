@@ -56,12 +56,8 @@ def chain_cost(group: Group, term: Term, chain: Chain, bundles: Bundles, regime:
 def prologue_key(term: Term, link: Link) -> tuple[object, ...]:
     """A key of the tensor that a link is: links of equal keys share one stack of the prologue."""
     operands = (term.operands[i] for i in link.operands)
-    keys = ((o.block.name, o.modes, o.sizes, o.keys if o.site_modes else (), _positions(o.take)) for o in operands)
+    keys = ((o.block.name, o.modes, o.sizes, o.keys if o.site_modes else (), o.take) for o in operands)
     return link.pairs, link.modes, *keys
-
-
-def _positions(take: tuple[object, ...]) -> tuple[object, ...]:
-    return tuple(tuple(some) if isinstance(some, (list, tuple)) else some for some in take)
 
 
 def copies(term: Term, link: Link) -> int:

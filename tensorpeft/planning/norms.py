@@ -87,26 +87,25 @@ def _norm_plan(group: Group, side: str, regime: Regime) -> NormPlan:
     """The cheaper of the two ways; the narrow one is there if every product has its part in it."""
     whole = some_sites(group)
     divided = tuple(o for term in group.terms for o in term.operands if o.block.rule.norm and _side(term, o) == side)
-    halves: list[Half | None] = []
-    scales: list[Half | None] = []
-    plain = 0.0
-    for term in map(_without_magnitudes, whole.terms):
-        if [operand.is_base for operand in term.operands] == [True] and _is_whole(term):
-            plain += term.sign * group.scale
-        elif any(operand.is_base for operand in term.operands):
-            scales.append(_scale(whole, term, side))
-        else:
-            halves.append(_halves(whole, term, side))
     dense = [dense_chain(whole, term) for term in whole.terms]
     site, steps = group.sites[0], sum(len(link.steps) for each in dense for link in each.links)
     flops = _building(dense) + len(group.sites) * _ENTRYWISE * site.d_out * site.d_in
     by_matrix = NormPlan(group, side, (), (), divided, 0.0, True, flops)
-    found, parts = [each for each in halves if each], [each for each in scales if each]
-    if len(found) + len(parts) < len(halves) + len(scales):
-        return by_matrix
-    terms, chains = tuple(term for term, _ in (*found, *parts)), [each for _, each in (*found, *parts)]
-    first, rest = tuple(chains[: len(found)]), tuple(chains[len(found) :])
-    flops = _narrow_flops(group, side, found) + _building(rest)
+    halves: list[Half] = []
+    scales: list[Half] = []
+    plain = 0.0
+    for term in map(_without_magnitudes, whole.terms):
+        bases = [operand.is_base for operand in term.operands]
+        if bases == [True] and _is_whole(term):
+            plain += term.sign * group.scale
+            continue
+        made = (_scale if any(bases) else _halves)(whole, term, side)
+        if made is None:
+            return by_matrix
+        (scales if any(bases) else halves).append(made)
+    first, rest = (tuple(each for _, each in found) for found in (halves, scales))
+    terms = tuple(term for term, _ in (*halves, *scales))
+    flops = _narrow_flops(group, side, halves) + _building(rest)
     narrow = NormPlan(replace(group, terms=terms), side, first, rest, divided, plain, False, flops)
     costs = (_cost(narrow, 1, 1, regime), _cost(by_matrix, _ENTRYWISE + 1, _ENTRYWISE + steps, regime))
     return narrow if costs[0] <= costs[1] else by_matrix

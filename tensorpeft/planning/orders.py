@@ -73,7 +73,8 @@ def _coarser(order: Order) -> Iterator[Order]:
 def _halves(term: Term, cut: Iterable[str]) -> Iterator[Order]:
     """The factors on the input's side of a cut, and the others. At the minimum cut this is the pair (L, R) of the normal form."""
     reached = distances(term, {*cut, *SITE_MODES, "task"})
-    left, right = (tuple(i for i in range(len(term.operands)) if (i in reached) == near) for near in (True, False))
+    left = tuple(i for i in range(len(term.operands)) if i in reached)
+    right = tuple(i for i in range(len(term.operands)) if i not in reached)
     if left and right:
         yield left, right
 

@@ -70,14 +70,11 @@ def _of_function(function: ast.FunctionDef) -> Iterator[tuple[str, bool]]:
     outer = {inner: node for node in ast.walk(function) for inner in ast.iter_child_nodes(node)}
     for node in ast.walk(function):
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
-            around = outer.get(node)
-            if not isinstance(around, ast.Attribute):
-                yield node.attr, False
-            elif around.attr == "weight":
-                if not _is_about(outer.get(around)):
-                    yield node.attr, True
-            elif around.attr not in ("bias", "training"):
-                yield node.attr, False
+            around = outer[node]
+            part = around.attr if isinstance(around, ast.Attribute) else ""
+            is_weight = part == "weight"
+            if part not in ("bias", "training") and not (is_weight and _is_about(outer.get(around))):
+                yield node.attr, is_weight
 
 
 def _is_about(use: ast.AST | None) -> bool:

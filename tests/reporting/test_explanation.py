@@ -20,6 +20,14 @@ def test_code_that_differs_in_numbers_alone_is_told_once():
     assert found.listings[0] == code[0]
 
 
+def test_the_norms_of_dora_are_told_too():
+    (norms,) = [
+        text for caption, text in emit(front("dora", shape_of("roberta-base"))).listings() if "norms" in caption
+    ]
+    assert norms.startswith("def norms(")
+    assert ".sqrt()" in norms
+
+
 def test_code_of_other_shapes_is_told_by_itself():
     code = (
         Listing("at 2 sites", "mm(x, 3)"),

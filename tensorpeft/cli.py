@@ -160,9 +160,8 @@ def report(specs: Sequence[str], model: str, settings: Sequence[str], form: str,
     One spec gives its whole report; several specs, or several values, a table with a row each.
     """
     from tensorpeft.pipeline import shape_of
-    from tensorpeft.reporting.comparison import Comparison
+    from tensorpeft.reporting.comparison import Comparison, row
     from tensorpeft.reporting.counting import report_of
-    from tensorpeft.reporting.sweep import row
 
     shape = shape_of(model)
     given = list(product(specs, _choices(settings)))
@@ -199,8 +198,8 @@ def sweep(
         raise click.UsageError("--budget finds the rank; leave it out of --set.")
     from tensorpeft.language.shipped import method_paths
     from tensorpeft.pipeline import shape_of
-    from tensorpeft.reporting.sweep import cases
-    from tensorpeft.reporting.sweep import sweep as swept
+    from tensorpeft.reporting.comparison import cases
+    from tensorpeft.reporting.comparison import sweep as swept
 
     given = cases(specs or tuple(method_paths()), _choices(settings), budgets)
     found = swept(_watched(given), shape_of(model))
@@ -234,14 +233,7 @@ def explain(spec: str, model: str, settings: Sequence[str], form: str, output: P
     from tensorpeft.reporting.explanation import explanation
 
     plan = _planned(spec, settings, shape_of(model))
-    code: tuple[Listing, ...] = ()
-    if form != "svg":
-        try:
-            import torch  # noqa: F401
-        except ImportError:
-            click.echo("torch is not installed, so there is no code to show", err=True)
-        else:
-            code = tuple(_code(plan))
+    code = _code(plan) if form != "svg" else ()
     _deliver(explanation(plan, code), form, output, plan.network)
 
 
@@ -254,12 +246,17 @@ def _planned(spec: str, settings: Iterable[str], shape: ModelShape) -> Plan:
     return front(load_spec(spec, *map(parse_override, settings)), shape)
 
 
-def _code(plan: Plan) -> Iterator[Listing]:
-    """The emitted functions: the prologue, and those of every kind of input set."""
+def _code(plan: Plan) -> tuple[Listing, ...]:
+    """The emitted functions: the prologue, and those of every kind of input set; none without torch."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        click.echo("torch is not installed, so there is no code to show", err=True)
+        return ()
     from tensorpeft.emission.emit import emit
     from tensorpeft.reporting.page import Listing
 
-    yield from (Listing(title, code) for title, code in emit(plan).listings())
+    return tuple(Listing(title, code) for title, code in emit(plan).listings())
 
 
 def _watched(given: Iterable[T]) -> Iterable[T]:
@@ -294,8 +291,12 @@ def _deliver(page: Page, form: str, output: Path | None, network: Network | None
     if output is None or str(output) == "-":
         click.echo(shown, nl=False)
         return
+    path = output.resolve()
     try:
-        _write(output.resolve(), shown)
+        if path.exists() and not path.is_file():  # a pipe, a terminal: written to as it is
+            path.write_text(shown, encoding="utf-8")
+        else:
+            write_whole(path, shown.encode())
     except OSError as reason:
         raise click.FileError(str(output), reason.strerror) from None
 
@@ -306,11 +307,3 @@ def _rendered(page: Page, form: str, network: Network | None) -> str:
     from tensorpeft.reporting.drawing import drawing
 
     return drawing(network) if form == "svg" else page.to_html(drawing(network))
-
-
-def _write(path: Path, content: str) -> None:
-    """All of a file or nothing of it; what is no regular file (a pipe, a terminal) is written to as it is."""
-    if path.exists() and not path.is_file():
-        path.write_text(content, encoding="utf-8")
-        return
-    write_whole(path, content.encode())

@@ -415,8 +415,8 @@ READS = {"lark", "jsonschema", "yaml"}
         ("report --help", set()),
         ("check lorta", READS),
         ("expand lorta", READS),
-        ("report lorta --model llama-3-70b", HEAVY - {"safetensors", "torch"}),
-        ("report lorta --model llama-3-70b --format json", HEAVY - {"tabulate", "safetensors", "torch"}),
+        ("report lorta --model llama-3-70b", HEAVY - {"networkx", "safetensors", "torch"}),
+        ("report lorta --model llama-3-70b --format json", HEAVY - {"networkx", "tabulate", "safetensors", "torch"}),
         ("catalogue --format json", READS | {"numpy"}),
     ],
 )

@@ -18,18 +18,17 @@ def entries(node: Node | None, key: str, findings: Findings) -> Iterator[tuple[S
     if isinstance(node, Scalar):
         yield EVERYWHERE, node
     elif isinstance(node, MappingNode):
-        earlier: list[_Reach] = []
+        earlier: list[Selector] = []
         for name, text in node.items:
             with findings.under(key):
-                reach = _Reach(parse_selector(name))
-                for hidden in [other.selector for other in earlier if reach.covers(other)]:
-                    message = (
-                        f"`{hidden}` never counts, since `{reach.selector}` fits the same sites and stands after it"
-                    )
-                    findings.add(key, f"{message}; expected the general entries first", hidden.span)
-                earlier = [other for other in earlier if not reach.covers(other)] + [reach]
+                selector = parse_selector(name)
+                hidden = [other for other in earlier if _covers(selector, other)]
+                for other in hidden:
+                    message = f"`{other}` never counts, since `{selector}` fits the same sites"
+                    findings.add(key, f"{message} and stands after it; expected the general entries first", other.span)
+                earlier = [*(other for other in earlier if other not in hidden), selector]
                 if isinstance(text, Scalar):
-                    yield reach.selector, text
+                    yield selector, text
 
 
 def expression(node: Node | None, key: str, findings: Findings) -> Expression:
@@ -40,21 +39,10 @@ def expression(node: Node | None, key: str, findings: Findings) -> Expression:
             found.append((selector, parse_arithmetic(text)))
     if not found:
         return Number(1)
-    if [selector for selector, _ in found] == [EVERYWHERE]:
-        return found[0][1]
-    return Choice(tuple(found), node.span if node else None)
+    return found[0][1] if [at for at, _ in found] == [EVERYWHERE] else Choice(tuple(found), node.span if node else None)
 
 
-class _Reach:
-    """The matrices and layers that a selector names. Patterns count as names: which modules they fit, only a model says."""
-
-    def __init__(self, selector: Selector) -> None:
-        self.selector = selector
-        self.matrices = frozenset(selector.matrices)
-        self.layers = None if selector.layers is None else frozenset(selector.layers)
-
-    def covers(self, other: _Reach) -> bool:
-        """Whether every site of another selector is one of this selector's."""
-        matrices = not self.matrices or (bool(other.matrices) and other.matrices <= self.matrices)
-        layers = self.layers is None or (other.layers is not None and other.layers <= self.layers)
-        return matrices and layers
+def _covers(selector: Selector, other: Selector) -> bool:
+    """Whether every site of another selector is one of this one's; which sites a pattern fits, only a model says."""
+    named = not selector.matrices or (other.matrices != () and {*other.matrices} <= {*selector.matrices})
+    return named and (selector.layers is None or (other.layers is not None and {*other.layers} <= {*selector.layers}))

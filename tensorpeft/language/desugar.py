@@ -19,8 +19,8 @@ is written once more with the opposite sign, and each factor that it trains is r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from tensorpeft.language.checks.start import nonzero_products, origin
 from tensorpeft.language.choices import entries
@@ -28,6 +28,7 @@ from tensorpeft.language.diagnostics import Findings
 from tensorpeft.language.errors import clip, did_you_mean, fail, listing
 from tensorpeft.language.grammar import MAX_NAME, checked_update, parse_definition, parse_update
 from tensorpeft.language.keywords import KAIMING, LINEAR, TASK_MODE, ZEROS
+from tensorpeft.language.names import no_factor
 from tensorpeft.language.nodes import MappingNode, Scalar
 from tensorpeft.language.source import Span
 from tensorpeft.language.spec import BASE_WEIGHT, SIDES, FactorRule, Spec
@@ -47,10 +48,9 @@ class WrittenUpdate:
     def factors(self) -> dict[str, Reference]:
         """The factors in order, each with its first reference; the base weight left out."""
         found: dict[str, Reference] = {}
-        for product in self.update.products:
-            for reference in product.factors:
+        for reference in self.update.references:
+            if reference.factor != BASE_WEIGHT:
                 found.setdefault(reference.factor, reference)
-        found.pop(BASE_WEIGHT, None)
         return found
 
 
@@ -62,7 +62,10 @@ def read_update(table: MappingNode, findings: Findings) -> WrittenUpdate | None:
         findings.add("update", message, table.where("update"))
     elif not update and not structure and not findings.spoiled & {"update", "structure"} and "train" not in table:
         findings.add("update", "`update` is missing; expected `update:` or `structure:`", table.where("update"))
-    definitions = tuple(_definitions(table, findings))
+    definitions: tuple[Definition, ...] = ()
+    for entry in table.scalars("modes"):
+        with findings.under("modes"):
+            definitions += (parse_definition(entry),)
     if findings.spoiled & {"update", "structure"}:
         return None
     if not structure:
@@ -75,18 +78,9 @@ def read_update(table: MappingNode, findings: Findings) -> WrittenUpdate | None:
 
 def known_factor(factor: Scalar, form: WrittenUpdate, key: str, findings: Findings) -> Reference | None:
     """The reference of a factor that the spec speaks of; a finding under ``key`` if the update lacks it."""
-    if factor.text == BASE_WEIGHT:
-        findings.add(key, f"`{BASE_WEIGHT}` is the base weight, of which nothing is said here", factor.span)
-    elif factor.text not in form.factors:
-        hint = did_you_mean(factor.text, form.factors) or f"; the update has {listing(form.factors) or 'none'}"
-        findings.add(key, f"unknown factor `{factor.text}`{hint}", factor.span)
+    if message := no_factor(factor.text, form.factors):
+        findings.add(key, message, factor.span)
     return form.factors.get(factor.text)
-
-
-def _definitions(table: MappingNode, findings: Findings) -> Iterator[Definition]:
-    for entry in table.scalars("modes"):
-        with findings.under("modes"):
-            yield parse_definition(entry)
 
 
 def _written(definitions: tuple[Definition, ...], table: MappingNode, findings: Findings) -> WrittenUpdate | None:
@@ -111,7 +105,10 @@ def _shorthand(
     structure: Scalar, definitions: tuple[Definition, ...], table: MappingNode, findings: Findings
 ) -> WrittenUpdate:
     span = table.where("modes") if "modes" in table else structure.span
-    form = _expanded(structure.text, _listed(definitions or None, "tasks" in table, span), span)
+    names = (*[TASK_MODE] * ("tasks" in table), "matrix", "layer", "d_out", "d_in")
+    listed = _listed(definitions or tuple(Definition(name, (), span) for name in names), span)
+    form = _expanded(structure.text, listed, span)
+    form = replace(form, definitions=tuple(definition for definition in definitions if definition.parts))
     sizes = table.table("rank")
     given = form.bonds if table.scalar("rank") or "budget" in sizes else tuple(sizes)
     unsized = [bond for bond in form.bonds if bond not in given]
@@ -136,36 +133,28 @@ def _shared(form: WrittenUpdate, table: MappingNode, findings: Findings) -> Writ
         out = left_out.get(reference.factor, ())
         return replace(reference, modes=tuple(mode for mode in reference.modes if mode not in out))
 
-    products = (replace(p, factors=tuple(map(shared, p.factors))) for p in form.update.products)
-    return replace(form, update=replace(form.update, products=tuple(products)))
+    (product,) = form.update.products
+    product = replace(product, factors=tuple(map(shared, product.factors)))
+    return replace(form, update=replace(form.update, products=(product,)))
 
 
 _OUTPUTS = ("d_out", "head", "head_dim")
 _INPUTS = ("d_in", "width")
 
 
-@dataclass(frozen=True)
-class ListedModes:
+class _Listed(NamedTuple):
     """The modes of a shorthand in their order, each with its place, and which of them are output and input."""
 
-    modes: tuple[str, ...]
-    outputs: frozenset[str]
-    inputs: frozenset[str]
-    definitions: tuple[Definition, ...] = ()
-    spans: tuple[Span | None, ...] = ()
-
-    def span(self, mode: str) -> Span | None:
-        return dict(zip(self.modes, self.spans, strict=True))[mode]
+    modes: dict[str, Span | None]
+    outputs: set[str]
+    inputs: set[str]
 
 
-def _listed(entries: tuple[Definition, ...] | None, tasks: bool, span: Span | None) -> ListedModes:
+def _listed(entries: tuple[Definition, ...], span: Span | None) -> _Listed:
     """The modes that a shorthand lists.
 
     A side that is defined by parts stands for its parts; a fused mode stands for itself.
     """
-    if entries is None:
-        names = ("matrix", "layer", "d_out", "d_in")
-        entries = tuple(Definition(name, (), span) for name in ((TASK_MODE, *names) if tasks else names))
     modes: dict[str, Span | None] = {}
     parts: dict[str, set[str]] = {"d_out": set(_OUTPUTS), "d_in": set(_INPUTS)}
     for entry in entries:
@@ -181,53 +170,33 @@ def _listed(entries: tuple[Definition, ...] | None, tasks: bool, span: Span | No
         side, example = ("output", "`d_out`") if not outputs else ("input", "`d_in`")
         message = f"`modes` lists no {side} mode; expected {example}, its parts, or `head`, `head_dim` and `width`"
         raise fail(message, span)
-    defined = tuple(entry for entry in entries if entry.parts)
-    return ListedModes(tuple(modes), frozenset(outputs), frozenset(inputs), defined, tuple(modes.values()))
+    return _Listed(modes, outputs, inputs)
 
 
-def _expanded(structure: str, modes: ListedModes, span: Span | None) -> WrittenUpdate:
+def _expanded(structure: str, listed: _Listed, span: Span | None) -> WrittenUpdate:
     """The update of a structure over these modes; ``span`` is where a fault of the whole is shown."""
-    references, bonds = _STRUCTURES[structure](modes, span)
-    last = "head_dim" if "head_dim" in modes.modes else [mode for mode in modes.modes if mode in modes.outputs][-1]
+    modes = listed.modes
+    bonds: tuple[str, ...] = ("r",)
+    match structure:
+        case "matrix":
+            outputs, inputs = ([mode for mode in modes if mode in side] for side in (listed.outputs, listed.inputs))
+            common = [mode for mode in modes if mode not in (*outputs, *inputs)]
+            references = [Reference("B", (*common, *outputs, "r"), span), Reference("A", (*common, "r", *inputs), span)]
+        case "cp":
+            references = [Reference(f"A_{mode}", (mode, "r"), place) for mode, place in modes.items()]
+        case "tucker":
+            bonds = tuple(f"r_{mode}" for mode in modes)
+            sides = (Reference(f"A_{mode}", (mode, f"r_{mode}"), place) for mode, place in modes.items())
+            references = [Reference("G", bonds, span), *sides]
+        case _:  # tt
+            bonds = tuple(f"r{number}" for number in range(1, len(modes)))
+            # each core has the bond before it and the one after it, but for the ends
+            cores = ((mode, bonds[max(0, at - 1) : at], bonds[at : at + 1]) for at, mode in enumerate(modes))
+            references = [Reference(f"G_{mode}", (*left, mode, *right), modes[mode]) for mode, left, right in cores]
+    last = "head_dim" if "head_dim" in modes else [mode for mode in modes if mode in listed.outputs][-1]
     other = LINEAR if structure == "matrix" else KAIMING
     inits = {reference.factor: ZEROS if last in reference.modes else other for reference in references}
-    return WrittenUpdate(Update((Product(references, span=span),), span), modes.definitions, bonds, inits)
-
-
-_Expansion = tuple[tuple[Reference, ...], tuple[str, ...]]  # the factors of a product, and its bonds in order
-
-
-def _matrix(modes: ListedModes, span: Span | None) -> _Expansion:
-    common = [mode for mode in modes.modes if mode not in modes.outputs | modes.inputs]
-    outputs = [mode for mode in modes.modes if mode in modes.outputs]
-    inputs = [mode for mode in modes.modes if mode in modes.inputs]
-    return (Reference("B", (*common, *outputs, "r"), span), Reference("A", (*common, "r", *inputs), span)), ("r",)
-
-
-def _cp(modes: ListedModes, span: Span | None) -> _Expansion:
-    return tuple(Reference(f"A_{mode}", (mode, "r"), modes.span(mode)) for mode in modes.modes), ("r",)
-
-
-def _tucker(modes: ListedModes, span: Span | None) -> _Expansion:
-    bonds = tuple(f"r_{mode}" for mode in modes.modes)
-    pairs = zip(modes.modes, bonds, strict=True)
-    sides = (Reference(f"A_{mode}", (mode, bond), modes.span(mode)) for mode, bond in pairs)
-    return (Reference("G", bonds, span), *sides), bonds
-
-
-def _tt(modes: ListedModes, span: Span | None) -> _Expansion:
-    bonds = tuple(f"r{number}" for number in range(1, len(modes.modes)))
-    before, after = [(), *((bond,) for bond in bonds)], [*((bond,) for bond in bonds), ()]
-    chain = zip(before, modes.modes, after, strict=True)
-    return tuple(Reference(f"G_{mode}", (*left, mode, *right), modes.span(mode)) for left, mode, right in chain), bonds
-
-
-_STRUCTURES: dict[str, Callable[[ListedModes, Span | None], _Expansion]] = {
-    "matrix": _matrix,
-    "cp": _cp,
-    "tucker": _tucker,
-    "tt": _tt,
-}
+    return WrittenUpdate(Update((Product(tuple(references), span=span),), span), bonds=bonds, inits=inits)
 
 
 def subtract(spec: Spec) -> Spec:
@@ -240,16 +209,15 @@ def subtract(spec: Spec) -> Spec:
         if not rule.frozen:
             copies[name] = _new_name(name, rules)
             rules[copies[name]] = _copy(name, spec)
-    moving = nonzero_products(spec)
-    products: dict[object, list[Product]] = {product.at: [] for product in spec.update.products}
+    products: dict[object, list[Product]] = {}
     for product in spec.update.products:
-        products[product.at].append(product)
-    for product in moving:
+        products.setdefault(product.at, []).append(product)
+    for product in nonzero_products(spec):
         references = (replace(ref, factor=copies.get(ref.factor, ref.factor)) for ref in product.factors)
         products[product.at].append(replace(product, factors=tuple(references), sign=-product.sign))
     written = Update(tuple(product for group in products.values() for product in group), spec.update.span)
     update = checked_update(written, "update with what `start: subtract` adds")
-    carried = dict.fromkeys(reference.factor for product in update.products for reference in product.factors)
+    carried = dict.fromkeys(reference.factor for reference in update.references)
     factors = tuple((name, rules[name]) for name in carried if name in rules)
     return replace(spec, update=update, factors=factors, start="zero")
 

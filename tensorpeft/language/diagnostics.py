@@ -27,9 +27,10 @@ class Findings:
         self.extend(key, [Problem(message, span)])
 
     def extend(self, key: str, problems: Iterable[Problem]) -> None:
-        """Problems under a top-level key."""
-        self.problems.extend(problems)
-        self.spoiled.add(key)
+        """Problems under a top-level key, if there are any."""
+        if found := list(problems):
+            self.problems += found
+            self.spoiled.add(key)
 
     @contextmanager
     def under(self, key: str) -> Iterator[None]:
@@ -41,18 +42,12 @@ class Findings:
 
     def within(self, span: Span | None) -> bool:
         """Whether something is wrong inside a stretch of text."""
-        places = (problem.span for problem in self.problems)
-        return any(_inside(place, span) for place in places if place and span)
+        places = (problem.span for problem in self.problems if span and problem.span)
+        return any(p.source is span.source and span.start <= p.start < span.end for p in places if span)
 
     def settle(self) -> None:
         """Raise whatever was found, in the order of the text."""
         if self.problems:
-            raise SpecError(sorted(self.problems, key=_place))
-
-
-def _inside(place: Span, span: Span) -> bool:
-    return place.source is span.source and span.start <= place.start < span.end
-
-
-def _place(problem: Problem) -> tuple[str, int]:
-    return (problem.span.source.name, problem.span.start) if problem.span else ("", 0)
+            raise SpecError(
+                sorted(self.problems, key=lambda p: (p.span.source.name, p.span.start) if p.span else ("", 0))
+            )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import yaml
 
@@ -25,9 +25,8 @@ MAX_DEPTH = 16
 MAX_NODES = 2048
 MAX_DIGITS = 20
 
-_NULL = re.compile(r"|~|null|Null|NULL")
-_TRUE = re.compile(r"true|True|TRUE")
-_FALSE = re.compile(r"false|False|FALSE")
+_CONSTANTS: dict[str, bool | None] = dict.fromkeys(("", "~", "null", "Null", "NULL"))
+_CONSTANTS |= {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
 _INTEGER = re.compile(r"[-+]?[0-9]+")
 _OTHER_BASE = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
 _LEADING_ZERO = re.compile(r"[-+]?0[0-9]+")
@@ -98,8 +97,8 @@ class _Composer:
             raise fail("a second document begins here; a spec file holds one", self._span(event))
         return root
 
-    def _span(self, event: yaml.Event) -> Span:
-        return Span(self.source, event.start_mark.index, event.end_mark.index)
+    def _span(self, event: yaml.Event, end: yaml.Event | None = None) -> Span:
+        return Span(self.source, event.start_mark.index, (end or event).end_mark.index)
 
     def _node(self, event: yaml.Event, depth: int) -> Node:
         self.n_nodes += 1
@@ -129,7 +128,7 @@ class _Composer:
         items = []
         while not isinstance(event := next(self.events), yaml.SequenceEndEvent):
             items.append(self._node(event, depth + 1))
-        return List(tuple(items), self._whole(start, event))
+        return List(tuple(items), self._span(start, event))
 
     def _table(self, start: yaml.Event, depth: int) -> MappingNode:
         items: list[tuple[Scalar, Node]] = []
@@ -137,16 +136,12 @@ class _Composer:
         while not isinstance(event := next(self.events), yaml.MappingEndEvent):
             key = self._key(event, depth + 1)
             value = self._node(next(self.events), depth + 1)
-            if key.text in first:
+            if first.setdefault(key.text, key) is key:
+                items.append((key, value))
+            else:
                 line = first[key.text].span.position[0]
                 self.problems.append(Problem(f"`{key.text}` is given twice; the first is on line {line}", key.span))
-                continue
-            first[key.text] = key
-            items.append((key, value))
-        return MappingNode(tuple(items), self._whole(start, event))
-
-    def _whole(self, start: yaml.Event, end: yaml.Event) -> Span:
-        return Span(self.source, start.start_mark.index, end.end_mark.index)
+        return MappingNode(tuple(items), self._span(start, event))
 
     def _key(self, event: yaml.Event, depth: int) -> Scalar:
         key = self._node(event, depth)
@@ -175,10 +170,8 @@ class _Composer:
 
     def _plain(self, text: str, span: Span) -> Plain:
         """The value of an unquoted scalar; a number that cannot be meant is a problem, and reads as 0."""
-        if _NULL.fullmatch(text):
-            return None
-        if _TRUE.fullmatch(text) or _FALSE.fullmatch(text):
-            return bool(_TRUE.fullmatch(text))
+        if text in _CONSTANTS:
+            return _CONSTANTS[text]
         if len(text) > MAX_DIGITS and (_INTEGER.fullmatch(text) or _OTHER_BASE.fullmatch(text)):
             return self._odd(f"a number of {len(text)} digits; at most {MAX_DIGITS} can be meant", span)
         if _LEADING_ZERO.fullmatch(text):
@@ -200,8 +193,7 @@ class _Composer:
         return 0
 
 
-@dataclass(frozen=True)
-class _Complaint:
+class _Case(NamedTuple):
     """``problem`` (and ``context``, where given) is part of PyYAML's text; ``start`` points at where the context began.
 
     ``{}`` in the sentence stands for the character at the place pointed at.
@@ -214,45 +206,37 @@ class _Complaint:
 
 
 _CASES = (
-    _Complaint("found character '\\t'", "a tab stands where spaces are expected; YAML indents with spaces"),
-    _Complaint("that cannot start any token", "{} cannot begin a value; put the text in quotes"),
-    _Complaint("could not find expected ':'", "expected `:` after this key", start=True),
-    _Complaint(
-        "mapping values are not allowed", "a second `:` on one line; put the value in quotes or on its own line"
-    ),
-    _Complaint("sequence entries are not allowed", "a list entry cannot begin here; put `-` on a line of its own"),
-    _Complaint("mapping keys are not allowed", "a key cannot begin here"),
-    _Complaint(
-        "expected alphabetic or numeric", "`*` begins an alias in YAML; put the pattern in quotes", True, "alias"
-    ),
-    _Complaint(
-        "expected alphabetic or numeric", "`&` begins an anchor in YAML; put the text in quotes", True, "anchor"
-    ),
-    _Complaint("unexpected end of stream", "this quote is never closed", True, "quoted scalar"),
-    _Complaint("unexpected document separator", "this quote is never closed", True, "quoted scalar"),
-    _Complaint("found '<stream end>'", "expected a value; the file ends"),
-    _Complaint("got '<stream end>'", "this `[` is never closed", True, "flow sequence"),
-    _Complaint("got '<stream end>'", "this `{` is never closed", True, "flow mapping"),
-    _Complaint("got '['", "found {} inside a value; put a text with brackets in quotes"),
-    _Complaint("got '{'", "found {} inside a value; put a text with braces in quotes"),
-    _Complaint("expected ',' or ']'", "expected `,` or `]` in this list"),
-    _Complaint("expected ',' or '}'", "expected `,` or `}` in this mapping"),
-    _Complaint(
-        "expected <block end>", "the indentation fits no line above; entries of one mapping begin in one column"
-    ),
-    _Complaint("expected the node content", "expected a value; found {}"),
-    _Complaint("unknown escape character", "unknown escape after `\\`; single quotes take a text as it is"),
-    _Complaint("expected escape sequence", "this escape is not complete; single quotes take a text as it is"),
-    _Complaint("indentation indicator", "after `|` or `>` comes the end of the line"),
-    _Complaint("expected a comment or a line break", "after `|` or `>` comes the end of the line"),
-    _Complaint("expected '<document start>'", "expected the next key, in the column of the first; found {}"),
-    _Complaint("directive", "`%` begins a YAML directive, which a spec may not use"),
-    _Complaint("YAML document", "`%` begins a YAML directive, which a spec may not use"),
-    _Complaint("tag handle", "`!` begins a tag, which a spec may not use", True),
-    _Complaint("", "`!` begins a tag, which a spec may not use", True, "tag"),
-    _Complaint("", "`%` begins a YAML directive, which a spec may not use", True, "directive"),
+    _Case("found character '\\t'", "a tab stands where spaces are expected; YAML indents with spaces"),
+    _Case("that cannot start any token", "{} cannot begin a value; put the text in quotes"),
+    _Case("could not find expected ':'", "expected `:` after this key", start=True),
+    _Case("mapping values are not allowed", "a second `:` on one line; put the value in quotes or on its own line"),
+    _Case("sequence entries are not allowed", "a list entry cannot begin here; put `-` on a line of its own"),
+    _Case("mapping keys are not allowed", "a key cannot begin here"),
+    _Case("expected alphabetic or numeric", "`*` begins an alias in YAML; put the pattern in quotes", True, "alias"),
+    _Case("expected alphabetic or numeric", "`&` begins an anchor in YAML; put the text in quotes", True, "anchor"),
+    _Case("unexpected end of stream", "this quote is never closed", True, "quoted scalar"),
+    _Case("unexpected document separator", "this quote is never closed", True, "quoted scalar"),
+    _Case("found '<stream end>'", "expected a value; the file ends"),
+    _Case("got '<stream end>'", "this `[` is never closed", True, "flow sequence"),
+    _Case("got '<stream end>'", "this `{` is never closed", True, "flow mapping"),
+    _Case("got '['", "found {} inside a value; put a text with brackets in quotes"),
+    _Case("got '{'", "found {} inside a value; put a text with braces in quotes"),
+    _Case("expected ',' or ']'", "expected `,` or `]` in this list"),
+    _Case("expected ',' or '}'", "expected `,` or `}` in this mapping"),
+    _Case("expected <block end>", "the indentation fits no line above; entries of one mapping begin in one column"),
+    _Case("expected the node content", "expected a value; found {}"),
+    _Case("unknown escape character", "unknown escape after `\\`; single quotes take a text as it is"),
+    _Case("expected escape sequence", "this escape is not complete; single quotes take a text as it is"),
+    _Case("indentation indicator", "after `|` or `>` comes the end of the line"),
+    _Case("expected a comment or a line break", "after `|` or `>` comes the end of the line"),
+    _Case("expected '<document start>'", "expected the next key, in the column of the first; found {}"),
+    _Case("directive", "`%` begins a YAML directive, which a spec may not use"),
+    _Case("YAML document", "`%` begins a YAML directive, which a spec may not use"),
+    _Case("tag handle", "`!` begins a tag, which a spec may not use", True),
+    _Case("", "`!` begins a tag, which a spec may not use", True, "tag"),
+    _Case("", "`%` begins a YAML directive, which a spec may not use", True, "directive"),
 )
-_UNKNOWN = _Complaint("", "this is not YAML")
+_UNKNOWN = _Case("", "this is not YAML")
 
 
 def syntax_problem(source: Source, error: Exception) -> Problem:

@@ -78,6 +78,12 @@ def fail(message: str, span: Span | None = None) -> SpecError:
     return SpecError([Problem(message, span)])
 
 
+def unknown(noun: str, found: str, known: Iterable[str], limit: int = 12) -> str:
+    """A message about a name of which nothing is known."""
+    known = tuple(known)
+    return f"unknown {noun} `{found}`{did_you_mean(found, known) or f'; expected one of {listing(known, limit)}'}"
+
+
 def did_you_mean(found: str, known: Iterable[str]) -> str:
     """A question to end a message with, or nothing where no known name is near.
 

@@ -8,7 +8,7 @@ from collections import Counter
 import lark
 
 from tensorpeft.language import parsing
-from tensorpeft.language.errors import clip, did_you_mean, fail, listing
+from tensorpeft.language.errors import clip, fail, listing, unknown
 from tensorpeft.language.keywords import DECOMPOSITIONS
 from tensorpeft.language.nodes import Scalar
 from tensorpeft.language.parsing import Tree, parse
@@ -83,7 +83,7 @@ def parse_definition(text: Scalar) -> Definition:
 def parse_init(text: Scalar) -> Initialiser:
     """An initialiser."""
     tree = parse(parsing.INIT, text)
-    return _spectral(tree, text) if _rule(tree) == "spectral" else _call(tree, text)
+    return _spectral(tree, text) if tree.data == "spectral" else _call(tree, text)
 
 
 def parse_call(text: Scalar) -> Call:
@@ -111,7 +111,7 @@ def parse_selector(text: Scalar) -> Selector:
     >>> found.matrices, found.layers
     (('query', 'value'), (0, 1, 2, 3, 7))
     """
-    found: dict[str, Tree] = {_rule(tree): tree for tree in parse(parsing.SELECTOR, text).children}
+    found: dict[str, Tree] = {tree.data: tree for tree in parse(parsing.SELECTOR, text).children}
     names = [str(name) for name in found["names"].children] if "names" in found else []
     runs = [_layers(node, text) for node in found["layers"].children] if "layers" in found else []
     if sum(map(len, runs)) > MAX_LAYERS:
@@ -149,7 +149,7 @@ def _call(tree: Tree, text: Scalar) -> Call:
     args: list[Expression] = []
     options: dict[str, Expression] = {}
     for node in arguments:
-        if _rule(node) != "option":
+        if node.data != "option":
             if options:
                 raise fail("a value without a name stands before the named ones", _span(node, text))
             args.append(_expression(node, text))
@@ -166,14 +166,13 @@ def _spectral(tree: Tree, text: Scalar) -> Spectral:
     said = _call(call, text)
     parts = DECOMPOSITIONS.get(said.name)
     if parts is None:
-        hint = did_you_mean(said.name, DECOMPOSITIONS) or f"; expected one of {listing(DECOMPOSITIONS)}"
-        raise fail(f"unknown decomposition `{said.name}`{hint}", said.span)
+        raise fail(unknown("decomposition", said.name, DECOMPOSITIONS), said.span)
     if said.args != (Name(BASE_WEIGHT),) or said.options:
         raise fail(f"`{said}` is no decomposition of the base weight; expected `{said.name}({BASE_WEIGHT})`", said.span)
     if part not in parts:
         raise fail(f"`{said}` has no part `{part}`; it has {listing(parts)}", _token_span(part, text))
     exponent = _power(said.name, power[0], text) if power else Number(0)
-    return Spectral(said.name, str(part), str(kept.children[0]), _rule(kept) == "last", exponent, text.span)
+    return Spectral(said.name, str(part), str(kept.children[0]), kept.data == "last", exponent, text.span)
 
 
 def _power(decomposition: str, tree: Tree, text: Scalar) -> Number:
@@ -181,9 +180,8 @@ def _power(decomposition: str, tree: Tree, text: Scalar) -> Number:
     name, *exponent = tree.children
     if name != "S" or "S" not in DECOMPOSITIONS[decomposition]:
         message = f"`{decomposition}({BASE_WEIGHT})` is multiplied by `{name}`"
-        ways = (
-            "expected `S`, the singular values" if "S" in DECOMPOSITIONS[decomposition] else "it has no singular values"
-        )
+        has = "S" in DECOMPOSITIONS[decomposition]
+        ways = "expected `S`, the singular values" if has else "it has no singular values"
         raise fail(f"{message}; {ways}", _token_span(name, text))
     if not exponent:
         return Number(1)
@@ -203,15 +201,13 @@ def _layers(tree: Tree, text: Scalar) -> range:
     return range(first, last + 1)
 
 
-def _rule(tree: Tree) -> str:
-    """A rule's name."""
-    return str(tree.data)
-
-
 def _expression(tree: Tree, text: Scalar) -> Expression:
-    rule, children, span = _rule(tree), tree.children, _span(tree, text)
+    rule, children, span = tree.data, tree.children, _span(tree, text)
     if rule == "number":
-        return _number(children[0], span)
+        value = int(children[0]) if children[0].isdigit() else float(children[0])
+        if math.isfinite(value):
+            return Number(value, span)
+        raise fail(f"`{clip(children[0])}` is too large for a number", span)
     if rule == "name":
         return Name(str(children[0]), span)
     if rule == "function":
@@ -222,10 +218,3 @@ def _expression(tree: Tree, text: Scalar) -> Expression:
     if isinstance(operands[0], Number):
         return Number(-operands[0].value, span)
     return Operation("-", Number(0, span), operands[0], span)
-
-
-def _number(token: lark.Token, span: Span) -> Number:
-    value = int(token) if token.isdigit() else float(token)
-    if not math.isfinite(value):
-        raise fail(f"`{clip(token)}` is too large for a number", span)
-    return Number(value, span)

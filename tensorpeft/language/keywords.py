@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from tensorpeft.language.spec import SIDES, SITE_MODES, STRUCTURAL_MODES
 from tensorpeft.language.syntax import Call, Number
@@ -10,16 +10,11 @@ from tensorpeft.language.syntax import Call, Number
 TASK_MODE = "task"  # bound per row of a batch
 MODEL_SIZES = ("width", "layers", "heads", "head_dim", "mlp", "vocab")  # what a model's shape names
 LAYER = "layer"  # of a site, counted from 0
-SIZE_NAMES = (
-    *SIDES,
-    LAYER,
-    *MODEL_SIZES,
-)  # what arithmetic in a spec may speak of, besides bonds (and `alpha` in a scale)
+SIZE_NAMES = (*SIDES, LAYER, *MODEL_SIZES)  # what arithmetic may speak of besides bonds (and `alpha` in a scale)
 BUILT_IN_MODES = (*SITE_MODES, TASK_MODE, *SIDES, *STRUCTURAL_MODES)
 
 
-@dataclass(frozen=True)
-class Signature:
+class Signature(NamedTuple):
     """The arguments that a call takes: values in order, and named options."""
 
     values: tuple[str, ...] = ()

@@ -55,9 +55,8 @@ def compile_table(table: MappingNode, source: Source) -> Spec:
 def find_source(what: str | PathLike[str]) -> Source:
     """The text that a catalogue name, a path or a text stands for."""
     if not isinstance(what, (str, PathLike)):
-        raise fail(
-            f"expected a catalogue name, a path or YAML text, found {clip(repr(what))} of type `{type(what).__name__}`"
-        )
+        found = f"{clip(repr(what))} of type `{type(what).__name__}`"
+        raise fail(f"expected a catalogue name, a path or YAML text, found {found}")
     name = fspath(what)
     if not isinstance(what, str):
         return _read(Path(name), name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from functools import lru_cache
 
 from tensorpeft.language.spec import SIDES, SITE_MODES
@@ -34,13 +34,19 @@ def inside(definitions: Iterable[Definition], modes: Iterable[str]) -> set[str]:
     parts: dict[str, list[str]] = {}
     for definition in definitions:
         parts.setdefault(definition.name, []).extend(part.name for part in definition.parts)
+    modes = [*modes]
+    return reached(modes, parts).union(modes)
+
+
+def reached(starts: Iterable[str], ahead: Mapping[str, Collection[str]]) -> set[str]:
+    """What is ahead of these names, of what is ahead of them, and so on; the names themselves where they lead in a circle."""
     found: set[str] = set()
-    ahead = [*modes]
-    while ahead:
-        mode = ahead.pop()
-        if mode not in found:
-            found.add(mode)
-            ahead += parts.get(mode, ())
+    left = [*starts]
+    while left:
+        for name in ahead.get(left.pop(), ()):
+            if name not in found:
+                found.add(name)
+                left.append(name)
     return found
 
 

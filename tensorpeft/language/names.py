@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
+from tensorpeft.language.errors import did_you_mean, listing
 from tensorpeft.language.keywords import BUILT_IN_MODES, SIZE_NAMES, TASK_MODE
 from tensorpeft.language.modes import inside
-from tensorpeft.language.spec import SIDES, SITE_MODES, Spec
-from tensorpeft.language.syntax import Definition, Reference, Spectral
+from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, Spec
+from tensorpeft.language.syntax import Definition, Spectral
 
 
 def bonds(spec: Spec) -> tuple[str, ...]:
@@ -21,17 +22,22 @@ def sizes(spec: Spec) -> tuple[str, ...]:
     return (*bonds(spec), *dict.fromkeys(part for part in parts if part in side_parts(spec.modes)), *SIZE_NAMES)
 
 
-def references(spec: Spec) -> Iterator[Reference]:
-    """Every mention of a factor, in order."""
-    return (reference for product in spec.update.products for reference in product.factors)
-
-
 def first_modes(spec: Spec) -> dict[str, tuple[str, ...]]:
     """Every factor's modes, as its first mention names them."""
     found: dict[str, tuple[str, ...]] = {}
-    for reference in references(spec):
+    for reference in spec.update.references:
         found.setdefault(reference.factor, reference.modes)
     return found
+
+
+def no_factor(name: str, factors: Collection[str]) -> str | None:
+    """Why nothing can be said of a factor of this name; None if it is one of the update's."""
+    if name == BASE_WEIGHT:
+        return f"`{BASE_WEIGHT}` is the base weight, of which nothing is said here"
+    if name in factors:
+        return None
+    hint = did_you_mean(name, factors) or f"; the update has {listing(factors) or 'none'}"
+    return f"unknown factor `{name}`{hint}"
 
 
 def splits(spec: Spec, side: str) -> list[Definition]:
@@ -62,7 +68,7 @@ def made_of(spec: Spec, mode: str) -> set[str]:
 
 def carried(spec: Spec) -> set[str]:
     """Every mode that a factor carries, and what those that are defined come down to."""
-    modes = {mode for reference in references(spec) for mode in reference.modes}
+    modes = {mode for reference in spec.update.references for mode in reference.modes}
     return modes | atoms(spec, modes)
 
 

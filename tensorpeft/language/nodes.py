@@ -117,9 +117,9 @@ class MappingNode:
             return MappingNode((*self.items, (key, value)), self.span)
         return MappingNode(tuple((k, value if k.text == key.text else v) for k, v in self.items), self.span)
 
-    def drop(self, key: str) -> MappingNode:
-        """This table without one of its entries."""
-        return MappingNode(tuple((k, v) for k, v in self.items if k.text != key), self.span)
+    def drop(self, *keys: str) -> MappingNode:
+        """This table without some of its entries."""
+        return MappingNode(tuple((k, v) for k, v in self.items if k.text not in keys), self.span)
 
 
 Node = Scalar | List | MappingNode

@@ -93,9 +93,7 @@ def _in_rank(path: tuple[Scalar, ...], table: MappingNode, value: Node) -> tuple
     own = [bond for bond in sized if not str(getattr(present.get(bond), "value", "")).isidentifier()]
     meant = ["r"] if "r" in sized else own
     if path[-1].text == BUDGET or (isinstance(value, MappingNode) and BUDGET in value):
-        return table.put(
-            path[0], MappingNode(tuple(item for item in present.items if item[0].text not in meant), present.span)
-        ), value
+        return table.put(path[0], present.drop(*meant)), value
     if len(path) > 1 or isinstance(value, MappingNode):
         return table, value
     if BUDGET in present:
@@ -161,9 +159,8 @@ def _node(value: object, span: Span, depth: int) -> Node:
         body = Span(span.source, span.start + 1, span.end - 1) if isinstance(value, str) else span
         return Scalar(value, str(value), span, body)
     if isinstance(value, Mapping):
-        return MappingNode(
-            tuple((_key(str(key), span), _node(entry, span, depth + 1)) for key, entry in value.items()), span
-        )
+        items = ((_key(str(key), span), _node(entry, span, depth + 1)) for key, entry in value.items())
+        return MappingNode(tuple(items), span)
     if isinstance(value, list | tuple | range):
         return List(tuple(_node(entry, span, depth + 1) for entry in value), span)
     kind = type(value).__name__

@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import re
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import lark
 
@@ -25,8 +24,7 @@ MAX_OPERATORS = 64  # in arithmetic, where they nest
 Tree = Any  # lark.Tree, whose children mypy cannot tell apart
 
 
-@dataclass(frozen=True)
-class Language:
+class Language(NamedTuple):
     """One of the small languages: its grammar file, where it starts, and how long a text of it may be."""
 
     grammar: str

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from decimal import Decimal
+from typing import NamedTuple
 
 from tensorpeft.language.checks.start import origin
 from tensorpeft.language.choices import entries, expression
@@ -19,12 +19,10 @@ from tensorpeft.language.errors import fail
 from tensorpeft.language.grammar import parse_call, parse_init, parse_reference
 from tensorpeft.language.keywords import BUILT_IN_MODES, LINEAR, ONES
 from tensorpeft.language.names import side_parts
-from tensorpeft.language.nodes import MappingNode, Node, Plain, Scalar, pruned
+from tensorpeft.language.nodes import MappingNode, Plain, Scalar, pruned
 from tensorpeft.language.source import Source, Span
 from tensorpeft.language.spec import BUDGET, INPUT, FactorRule, Heads, MaskRule, Spec, Target
 from tensorpeft.language.syntax import Expression, Initialiser, Name, Number, Operation, Reference, Spectral
-
-_DEFAULT_NAME = "adapter"
 
 
 def read_spec(table: MappingNode, source: Source, findings: Findings) -> Spec | None:
@@ -36,10 +34,10 @@ def read_spec(table: MappingNode, source: Source, findings: Findings) -> Spec | 
     if form is None:
         return None
     alpha, tasks = _value(whole, "alpha"), _value(whole, "tasks")
-    extras = _train(whole, findings)
+    extras = _listed(whole, "train", "train", findings)
     sizes = read_sizes(whole, table, form, findings)
     return Spec(
-        name=str(_value(whole, "name") or _DEFAULT_NAME),
+        name=str(_value(whole, "name") or "adapter"),
         target=target,
         update=form.update,
         factors=tuple(read_factors(whole, form, findings).items()),
@@ -74,9 +72,7 @@ def _target(table: MappingNode, findings: Findings) -> Target:
     everywhere, target = table.scalar("target"), table.table("target")
     if everywhere:
         return Target((everywhere.text,), spans=(everywhere.span,))
-    matrices, exclude, layers = (target.scalars(key) for key in ("matrices", "exclude", "layers"))
-    for entry in (*_repeated(matrices), *_repeated(exclude), *_repeated(layers)):
-        findings.add("target", f"`{entry.text}` is listed twice", entry.span)
+    matrices, exclude, layers = (_listed(target, key, "target", findings) for key in ("matrices", "exclude", "layers"))
     return Target(
         matrices=tuple(entry.text for entry in matrices),
         exclude=tuple(entry.text for entry in exclude),
@@ -85,12 +81,13 @@ def _target(table: MappingNode, findings: Findings) -> Target:
     )
 
 
-def _repeated(entries: Iterable[Scalar]) -> Iterator[Scalar]:
-    seen: set[str] = set()
-    for entry in entries:
-        if entry.text in seen:
-            yield entry
-        seen.add(entry.text)
+def _listed(table: MappingNode, key: str, above: str, findings: Findings) -> tuple[Scalar, ...]:
+    """The scalars of a list; one that is there twice is a finding under the top-level key ``above``."""
+    first: dict[str, Scalar] = {}
+    for entry in table.scalars(key):
+        if first.setdefault(entry.text, entry) is not entry:
+            findings.add(above, f"`{entry.text}` is listed twice", entry.span)
+    return table.scalars(key)
 
 
 def _ragged(table: MappingNode) -> tuple[tuple[str, str], ...]:
@@ -105,13 +102,6 @@ def _dropout(table: MappingNode) -> tuple[tuple[str, float], ...]:
     return tuple((name, probability) for name, probability in found if probability)
 
 
-def _train(table: MappingNode, findings: Findings) -> tuple[Scalar, ...]:
-    entries = table.scalars("train")
-    for entry in _repeated(entries):
-        findings.add("train", f"`{entry.text}` is listed twice", entry.span)
-    return entries
-
-
 def _scores(table: MappingNode, findings: Findings) -> str | None:
     path = table.scalar("scores")
     if path and not path.text.isprintable():
@@ -120,17 +110,13 @@ def _scores(table: MappingNode, findings: Findings) -> str | None:
 
 
 def _heads(table: MappingNode) -> Heads:
-    sides, counts = (_each(table.table("heads"), key, "*") for key in ("side", "count"))
+    heads = table.table("heads")
+    sides, counts = (_each(heads, key, "*") for key in ("side", "count"))
     return Heads(
         side=tuple((matrix, side.text) for matrix, side in sides),
         count=tuple((matrix, int(count.text, 0)) for matrix, count in counts),
-        spans=tuple(span for key in ("side", "count") for span in _places(table.table("heads").get(key))),
+        spans=(*(heads.place("side", matrix) for matrix, _ in sides), *(heads.place("count", m) for m, _ in counts)),
     )
-
-
-def _places(node: Node | None) -> list[Span]:
-    """The spans of the keys of a mapping, or the span of a single value."""
-    return [name.span for name, _ in node.items] if isinstance(node, MappingNode) else [node.span] if node else []
 
 
 def _each(table: MappingNode, key: str, single: str) -> list[tuple[str, Scalar]]:
@@ -184,9 +170,8 @@ def read_masks(table: MappingNode, form: WrittenUpdate | None, findings: Finding
         with findings.under("mask"):
             masked = parse_reference(key)
             if not masked.modes:
-                raise fail(
-                    f"expected a factor with the modes that are masked, such as `{masked.factor}[d_out]`", key.span
-                )
+                example = f"`{masked.factor}[d_out]`"
+                raise fail(f"expected a factor with the modes that are masked, such as {example}", key.span)
             modes = _in_order(masked, form)
             for selector, rule in entries(node, "mask", findings):
                 with findings.under("mask"):
@@ -204,8 +189,7 @@ _COUNT = re.compile(r"([0-9]{1,16}(?:\.[0-9]{1,16})?)([kmg]?)", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
 
-@dataclass(frozen=True)
-class BondSizes:
+class BondSizes(NamedTuple):
     """The size of each bond; or the budget of trained numbers, and the bonds that it sizes."""
 
     ranks: tuple[tuple[str, Expression], ...]
@@ -221,7 +205,7 @@ def read_sizes(table: MappingNode, written: MappingNode, form: WrittenUpdate, fi
     """
     spoiled = "rank" in findings.spoiled
     ranks = dict(_ranks(table, form, findings))
-    known = {*_defined(form), *ranks}
+    known = {*BUILT_IN_MODES, *(mode.name for mode in form.definitions), *side_parts(form.definitions), *ranks}
     if spoiled:
         given = written.table("rank")
         meant = None if BUDGET in given or not given.items else {*given, *form.bonds}
@@ -251,13 +235,8 @@ def _ranks(table: MappingNode, form: WrittenUpdate, findings: Findings) -> Itera
 
 def _names(form: WrittenUpdate) -> Iterable[str]:
     """Every mode that a factor carries or that is fused with others, in order."""
-    carried = [mode for product in form.update.products for factor in product.factors for mode in factor.modes]
+    carried = [mode for reference in form.update.references for mode in reference.modes]
     return dict.fromkeys((*carried, *(part.name for mode in form.definitions for part in mode.parts)))
-
-
-def _defined(form: WrittenUpdate) -> set[str]:
-    """The modes that are no bonds."""
-    return {*BUILT_IN_MODES, *(mode.name for mode in form.definitions), *side_parts(form.definitions)}
 
 
 def parse_budget(text: Scalar) -> int:

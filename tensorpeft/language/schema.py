@@ -77,9 +77,8 @@ def _unknown_keys(node: MappingNode, path: list[str | int], schema: dict[str, An
     known = schema["properties"]
     for key, meant in _nearest_keys(node, known).items():
         hint = did_you_mean(key, known) or f"; expected one of {listing(known, 30)}"
-        findings.add(
-            str(path[0]) if path else meant or key, f"unknown key `{clip(key)}`{_inside(path)}{hint}", node.where(key)
-        )
+        message = f"unknown key `{clip(key)}`{_inside(path)}{hint}"
+        findings.add(str(path[0]) if path else meant or key, message, node.where(key))
 
 
 def _missing_keys(node: MappingNode, path: list[str | int], schema: dict[str, Any], findings: Findings) -> None:

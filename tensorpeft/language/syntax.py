@@ -7,14 +7,39 @@ with the same meaning are equal. ``str(node)`` is text that parses back to an eq
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from tensorpeft.language.errors import did_you_mean, fail, listing
-from tensorpeft.language.functions import FUNCTIONS
+from tensorpeft.language.errors import did_you_mean, fail, listing, unknown
 from tensorpeft.language.source import Span
 
+
+def _gcd(a: float, b: float) -> int:
+    if a != int(a) or b != int(b):
+        raise ValueError("only whole numbers have a common divisor")
+    return math.gcd(int(a), int(b))
+
+
 CONSTANTS: dict[str, float] = {"pi": math.pi}
+FUNCTIONS: dict[str, Callable[..., float]] = {
+    "sqrt": math.sqrt,
+    "min": min,
+    "max": max,
+    "ceil": math.ceil,
+    "floor": math.floor,
+    "gcd": _gcd,
+    "mod": lambda a, b: a % b,  # of the sign of b
+    "exp": math.exp,
+    "cos": math.cos,
+    "sin": math.sin,
+    "equal": lambda a, b: int(a == b),
+    "less": lambda a, b: int(a < b),
+}
+ARITY = {  # fewest, most arguments of a function
+    **dict.fromkeys(("sqrt", "ceil", "floor", "exp", "cos", "sin"), (1, 1)),
+    **dict.fromkeys(("gcd", "mod", "equal", "less"), (2, 2)),
+    **dict.fromkeys(("min", "max"), (2, 64)),
+}
 _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "**": 3}
 
 
@@ -126,8 +151,7 @@ class Call:
     def evaluate(self, names: Mapping[str, float]) -> float:
         function = FUNCTIONS.get(self.name)
         if function is None:
-            hint = did_you_mean(self.name, FUNCTIONS) or f"; expected one of {listing(FUNCTIONS)}"
-            raise fail(f"unknown function `{self.name}`{hint}", self.span)
+            raise fail(unknown("function", self.name, FUNCTIONS), self.span)
         values = [arg.evaluate(names) for arg in self.args]  # what is wrong with one of them is told at its own place
         try:
             return function(*values)
@@ -254,6 +278,11 @@ class Update:
 
     products: tuple[Product, ...]
     span: Span | None = _span()
+
+    @property
+    def references(self) -> tuple[Reference, ...]:
+        """Every mention of a factor, in order."""
+        return tuple(reference for product in self.products for reference in product.factors)
 
     @property
     def entries(self) -> dict[Selector, Update]:

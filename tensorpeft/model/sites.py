@@ -25,12 +25,12 @@ def resolve(linears: Iterable[Linear], architecture: Architecture | None) -> tup
         used = (linear for linear in linears if not architecture.is_unused(linear.path))
         linears = [linear.read() if architecture.is_read(linear.path) else linear for linear in used]
     linears = list(linears)
-    named = names(linears, architecture)
+    places = {linear.path: architecture and architecture.find(linear.path) for linear in linears}
+    named = {} if all(places.values()) else names(linears, architecture)
     sites: dict[Key, Site] = {}
     known: set[str] = set()  # paths of weights whose parts are the family's
     for linear in linears:
-        found = architecture and architecture.find(linear.path)
-        if not found:
+        if not (found := places[linear.path]):
             parts = _unknown(linear, named[linear.name], sites)
         else:
             parts = [] if linear.path in known else [site for m in found[2] for site in _known(linear, found, m)]

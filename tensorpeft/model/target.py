@@ -139,8 +139,8 @@ def _entry_problems(entry: str, target: Target, shape: ModelShape, found: tuple[
         message = f"`{entry}` matches nothing in {shape.name}, which has {_named(known)}"
         yield Problem(message + (hint or did_you_mean(entry, names)), target.span(entry))
     elif entry == ALL_LINEAR:
-        others = dict.fromkeys(site.matrix for site in shape.sites if site.is_linear and site not in found)
         if sum(site.is_linear for site in shape.sites) > 2 * len(found):
+            others = dict.fromkeys(site.matrix for site in shape.sites if site.is_linear and site not in found)
             stacks = listing(dict.fromkeys(site.stack or "" for site in found))
             told = f"`{entry}` means what is inside the layers, which is {len(found)} in {stacks} here, and would leave out more"
             yield Problem(f"{told}: {listing(others, 4)}; name the matrices that are meant", target.span(entry))

@@ -42,7 +42,8 @@ def n_trained(spec: Spec, model: ModelShape) -> int:
     sites = choose(spec.target, model)
     if not spec.update.products:
         return 0
-    stacks, scores = tuple(checked_stacks(spec, sites).values()), Scores(spec)
+    stacks = tuple(checked_stacks(spec, sites).values())
+    scores = Scores(spec)
     return _counter(spec, model, stacks, scores)(fitted(spec, model, stacks, scores))
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from math import log, prod
 from typing import Any
 
+from tensorpeft.language.keywords import TASK_MODE
 from tensorpeft.network.graph import graph, modes
 from tensorpeft.network.network import Group, Network, Term
 
@@ -39,7 +40,9 @@ def _cut(term: Term, costs: Mapping[Any, int]) -> dict[str | int, int]:
     copy tensor is cut once). A factor of few entries is a sum of as many tensors that have no mode left, so it may be cut at
     their number; other factors cannot be cut. Site modes are fixed at a site and do not count.
     """
-    import networkx as nx  # late: a fifth of a second to import, and counting needs no cut
+    if costs == term.sizes and (mode := _bottleneck(term)):
+        return {mode: costs[mode]}
+    import networkx as nx  # late: a fifth of a second to import
 
     network = graph(term)
     joining = sorted(modes(network, "input", "output", "bond"))
@@ -56,3 +59,31 @@ def _cut(term: Term, costs: Mapping[Any, int]) -> dict[str | int, int]:
     flow.add_edges_from((("out", mode), "output") for mode in term.d_out)
     reachable = nx.minimum_cut(flow, "input", "output")[1][0]
     return {node: costs[node] for node in nodes if ("in", node) in reachable and ("out", node) not in reachable}
+
+
+def _bottleneck(term: Term) -> str | None:
+    """The mode that every way from input to output passes, if one way is wider elsewhere: then it is the only minimum cut."""
+    sizes = {mode: term.sizes[mode] for operand in term.operands for mode in operand.modes if mode != TASK_MODE}
+    if 1 in sizes.values():  # these are cut beside it at no cost
+        return None
+    for mode, size in sizes.items():
+        narrow = {other for other in sizes if sizes[other] <= size and other != mode}
+        if _is_joined(term, {TASK_MODE, *narrow}) and not _is_joined(term, {TASK_MODE, mode}):
+            return mode
+    return None
+
+
+def _is_joined(term: Term, cut: Set[str]) -> bool:
+    """Whether modes outside a cut lead from the input to the output."""
+    return any(not {*term.d_out}.isdisjoint({*term.operands[at].modes} - cut) for at in distances(term, cut))
+
+
+def distances(term: Term, cut: Set[str]) -> dict[int, int]:
+    """How many factors away from the input each operand is, of those alone that are joined to it by modes outside the cut."""
+    found: dict[int, int] = {}
+    reached = {*term.d_in} - cut
+    for steps in range(len(term.operands)):
+        near = [i for i, each in enumerate(term.operands) if i not in found and not reached.isdisjoint(each.modes)]
+        found |= dict.fromkeys(near, steps)
+        reached |= {mode for i in near for mode in term.operands[i].modes} - cut
+    return found

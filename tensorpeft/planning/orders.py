@@ -8,11 +8,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
-from typing import Any
 
 from tensorpeft.language.spec import SITE_MODES
 from tensorpeft.network.network import Term
-from tensorpeft.network.rank import minimum_cut
+from tensorpeft.network.rank import distances, minimum_cut
 
 TOKEN = "<token>"  # no spec can name a mode like this
 # the two tensors of each step: inputs from 0 on, then what the steps before have made
@@ -73,27 +72,17 @@ def _coarser(order: Order) -> Iterator[Order]:
 
 def _halves(term: Term, cut: Iterable[str]) -> Iterator[Order]:
     """The factors on the input's side of a cut, and the others. At the minimum cut this is the pair (L, R) of the normal form."""
-    reached = _distances(term, {*cut, *SITE_MODES, "task"})
-    left, right = (tuple(i for i in range(len(term.operands)) if (i in reached) == near) for near in (True, False))
+    reached = distances(term, {*cut, *SITE_MODES, "task"})
+    left = tuple(i for i in range(len(term.operands)) if i in reached)
+    right = tuple(i for i in range(len(term.operands)) if i not in reached)
     if left and right:
         yield left, right
 
 
 def _one_by_one(term: Term) -> Order:
     """Every factor by itself, the nearest to the input first."""
-    reached = _distances(term, {*SITE_MODES, "task"})
+    reached = distances(term, {*SITE_MODES, "task"})
     return tuple((i,) for i in sorted(range(len(term.operands)), key=lambda i: (reached.get(i, 1 << 30), i)))
-
-
-def _distances(term: Term, cut: set[str]) -> dict[int, int]:
-    """How far each operand is from the input, those alone that are joined to it by modes outside the cut."""
-    import networkx as nx  # late: a fifth of a second to import; a network without a plan needs none of it
-
-    carriers = [("input", term.d_in), *((i, operand.modes) for i, operand in enumerate(term.operands))]
-    graph = nx.Graph((carrier, mode) for carrier, modes in carriers for mode in modes if mode not in cut)
-    graph.add_node("input")
-    distances: dict[Any, int] = nx.single_source_shortest_path_length(graph, "input")
-    return {node: steps for node, steps in distances.items() if node != "input"}
 
 
 def activation(term: Term) -> tuple[str, ...]:

@@ -13,12 +13,15 @@ from pathlib import Path
 from tensorpeft.language.errors import SpecError
 from tensorpeft.language.loader import load_spec
 from tensorpeft.language.shipped import method_paths
+from tensorpeft.language.spec import Spec
 from tensorpeft.model.cards import cards, model_shape
 from tensorpeft.model.shape import ModelShape
+from tensorpeft.model.target import choose
+from tensorpeft.model.trained import extras
+from tensorpeft.network.budget import n_trained
 from tensorpeft.network.lower import lower
-from tensorpeft.reporting.counting import added, trained
 from tensorpeft.reporting.page import Page
-from tensorpeft.reporting.table import Cell, Table
+from tensorpeft.reporting.table import Table
 
 COUNTED_ON = "llama-2-7b"
 
@@ -87,7 +90,15 @@ class Catalogue(Page):
     def tables(self) -> tuple[Table, ...]:
         counted = f"trained on {self.model}"
         methods = tuple(
-            (m.name, _number(m), m.extra or "", ", ".join(m.trained), m.what, str(m.paper)) for m in self.methods
+            (
+                m.name,
+                "-" if m.trainable is None else m.trainable,
+                m.extra or "",
+                ", ".join(m.trained),
+                m.what,
+                str(m.paper),
+            )
+            for m in self.methods
         )
         refused = tuple((m.name, m.refused.partition("\n")[0]) for m in self.methods if m.refused is not None)
         headers = ("model", "family", "layers", "width", "heads", "parameters")
@@ -109,25 +120,22 @@ def catalogue(model: str = COUNTED_ON) -> Catalogue:
 
 
 def _method(name: str, path: Path, shape: ModelShape) -> Method:
-    spec, (title, what, paper) = load_spec(name), described(path.read_text(encoding="utf-8"))
+    spec, told = load_spec(name), described(path.read_text(encoding="utf-8"))
     count, extra, refused = None, None, None
     try:
-        network = lower(spec, shape)
-        count, extra = trained(network), added(network)
+        beside = extras(spec, shape, choose(spec.target, shape)) if spec.train else ()
+        count, extra = _trained(spec, shape), sum(parameter.count for parameter in beside)
     except SpecError as refusal:
         refused = str(refusal)
-    return Method(
-        name=name,
-        title=title,
-        what=what,
-        paper=paper,
-        update=str(spec.update),
-        targets=spec.target.matrices,
-        trained=(*(factor for factor, rule in spec.factors if not rule.frozen), *spec.train),
-        trainable=count,
-        extra=extra,
-        refused=refused,
-    )
+    trained = (*(factor for factor, rule in spec.factors if not rule.frozen), *spec.train)
+    return Method(name, *told, str(spec.update), spec.target.matrices, trained, count, extra, refused)
+
+
+def _trained(spec: Spec, shape: ModelShape) -> int:
+    """The numbers of trained factors; the network is built only where its masks need the scores of a file."""
+    if spec.scores is None:
+        return n_trained(spec, shape)
+    return sum(block.count for block in lower(spec, shape).blocks if block.trainable)
 
 
 def described(text: str) -> tuple[str, str, Paper]:
@@ -136,15 +144,13 @@ def described(text: str) -> tuple[str, str, Paper]:
     >>> described('# LoRA: two factors. The first.\n# Hu et al., "LoRA", 2021, arXiv:2106.09685.\nname: lora')
     ('LoRA', 'two factors.', Paper(authors='Hu et al.', title='LoRA', year='2021', arxiv='arXiv:2106.09685'))
     """
-    comment = "\n".join(line.removeprefix("#").strip() for line in takewhile(_is_comment, text.splitlines()))
+    comment = "\n".join(
+        line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), text.splitlines())
+    )
     headline, paper = _HEADLINE.match(comment), _PAPER.search(comment)
     title, what = map(_line, headline.group("title", "what")) if headline else ("", _line(comment))
     found = paper.groupdict(default="") if paper else {}
     return title, what, Paper(**{key: _line(value) for key, value in found.items()})
-
-
-def _is_comment(line: str) -> bool:
-    return line.startswith("#")
 
 
 def _line(text: str) -> str:
@@ -155,7 +161,3 @@ def _card(name: str) -> Card:
     shape = model_shape(name)
     sizes = dict(shape.sizes)
     return Card(name, shape.family or "", sizes["layers"], sizes["width"], sizes["heads"], shape.n_parameters)
-
-
-def _number(method: Method) -> Cell:
-    return "-" if method.trainable is None else method.trainable

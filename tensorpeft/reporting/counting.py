@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from math import prod
 
 from tensorpeft.language.keywords import TASK_MODE
@@ -43,8 +43,8 @@ def report_of(plan: Plan) -> Report:
         tokens=plan.regime.tokens,
         number_bytes=plan.regime.number_bytes,
         kept_per_token=kept_per_token(plan),
-        trainable=trained(network),
-        extra=added(network),
+        trainable=_count(block for block in network.blocks if block.trainable),
+        extra=sum(parameter.count for parameter in network.extras),
         frozen_stored=_count(block for block in network.blocks if not block.trainable and not block.seeded),
         frozen_seeded=_count(block for block in network.blocks if block.seeded),
         shared=owned[None],
@@ -56,16 +56,6 @@ def report_of(plan: Plan) -> Report:
         modes=_modes(network),
         matrices=matrices,
     )
-
-
-def trained(network: Network) -> int:
-    """The number of trained numbers of the factors."""
-    return _count(block for block in network.blocks if block.trainable)
-
-
-def added(network: Network) -> int:
-    """The number of numbers of the base that are trained beside the factors."""
-    return sum(parameter.count for parameter in network.extras)
 
 
 def _count(blocks: Iterable[Block]) -> int:
@@ -88,14 +78,6 @@ def _factor(block: Block) -> FactorEntry:
     )
 
 
-def _uses(network: Network) -> Iterator[tuple[Block, Key, Site]]:
-    """Each use of a block: the block, the key, and the site that uses it."""
-    for group in network.groups:
-        for term in group.terms:
-            for operand in term.operands:
-                yield from ((operand.block, key, site) for key, site in zip(operand.keys, group.sites, strict=True))
-
-
 def _kinds(network: Network) -> dict[Key, EntryKey]:
     """The entry of `matrices` that each site belongs to."""
     spec = network.spec
@@ -112,8 +94,10 @@ def _kinds(network: Network) -> dict[Key, EntryKey]:
 def _owned(network: Network, kinds: dict[Key, EntryKey]) -> Counter[EntryKey | None]:
     """How many trained numbers each kind alone uses, and, under None, how many several use."""
     users: dict[tuple[str, Key], set[EntryKey]] = defaultdict(set)
-    for block, key, site in _uses(network):
-        users[block.name, key].add(kinds[site.key])
+    for group in network.groups:
+        for operand in (operand for term in group.terms for operand in term.operands):
+            for key, site in zip(operand.keys, group.sites, strict=True):
+                users[operand.block.name, key].add(kinds[site.key])
     owned: Counter[EntryKey | None] = Counter()
     for block in network.blocks:
         for key, size in zip(block.keys, block.key_sizes, strict=True):

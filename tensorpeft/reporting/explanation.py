@@ -22,6 +22,8 @@ _KINDS = {
     "site": "bound to a site",
     "task": "bound to a row of the batch",
 }
+_SAID = ("name", "model", "update", "scale", "alpha", "tokens")  # of the report
+_COUNTED = ("flops_per_token", "flops_per_forward", "lora_rank", "factors")
 
 
 @dataclass(frozen=True)
@@ -48,24 +50,16 @@ class Explanation(Page):
         alike: dict[str, list[Listing]] = {}
         for listing in self.code:
             alike.setdefault(_NUMBERS.sub("", f"{listing.caption} {listing.code}"), []).append(listing)
-        return tuple(_first(each) for each in alike.values())
+        more = "; and {} that differ in numbers alone"
+        return tuple(
+            Listing(first.caption + (more.format(len(others)) if others else ""), first.code)
+            for first, *others in alike.values()
+        )
 
     def to_data(self) -> dict[str, object]:
         report = self.report.to_data()
-        kept = (
-            "name",
-            "model",
-            "update",
-            "scale",
-            "alpha",
-            "tokens",
-            "flops_per_token",
-            "flops_per_forward",
-            "lora_rank",
-        )
         return {
-            **{key: report[key] for key in kept},
-            "factors": report["factors"],
+            **{key: report[key] for key in (*_SAID, *_COUNTED)},
             "products": [_product(panel) for panel in self.products],
             "steps": [asdict(step) for step in self.steps],
             "code": [asdict(listing) for listing in self.code],
@@ -77,28 +71,18 @@ def explanation(plan: Plan, code: tuple[Listing, ...] = ()) -> Explanation:
     return Explanation(report_of(plan), panels(plan.network), steps(plan), code)
 
 
-def _first(alike: list[Listing]) -> Listing:
-    first, *others = alike
-    more = f"; and {len(others)} that differ in numbers alone" if others else ""
-    return Listing(f"{first.caption}{more}", first.code)
-
-
 def _modes(panel: Panel) -> Table:
     rows = tuple(
         (
             mode,
             span_of(panel.sizes[mode]),
-            ", ".join(_carriers(panel, mode)),
+            ", ".join(panel.operands[at].factor for at in sorted(panel.graph.neighbors(mode))),
             _KINDS[kind] + ", copy tensor" * is_copy(panel.graph, mode) + ", in the minimum cut" * (mode in panel.cut),
         )
         for mode, kind in panel.graph.nodes(data="kind")
         if kind is not None
     )
     return Table((f"modes at {sites_of(panel.sites)}", "size", "of factors", "kind"), rows)
-
-
-def _carriers(panel: Panel, mode: str) -> list[str]:
-    return [panel.operands[at].factor for at in sorted(panel.graph.neighbors(mode))]
 
 
 def _product(panel: Panel) -> dict[str, object]:

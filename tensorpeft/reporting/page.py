@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
@@ -50,14 +49,33 @@ class Page(ABC):
         return json.dumps(self.to_data(), indent=2) + "\n"
 
     def to_text(self) -> str:
-        return text(self.title, self.tables, self.listings)
+        """All of it below the title, for a terminal."""
+        code = (f"# {listing.caption}\n{listing.code}" for listing in self.listings)
+        return "\n\n".join([self.title, *(table.render("simple") for table in self.tables), *code]) + "\n"
 
     def to_markdown(self) -> str:
-        return markdown(self.title, self.tables, self.listings)
+        """All of it below the title, as GitHub's Markdown."""
+        head, *rest = self.title.split("\n")
+        lines = (f"`{line}`" for line in rest)
+        code = (f"{listing.caption}:\n```python\n{listing.code}\n```" for listing in self.listings)
+        return "\n\n".join([f"## {head}", *lines, *(table.render("github") for table in self.tables), *code]) + "\n"
 
     def to_html(self, picture: str = "") -> str:
         """A page of its own; with a picture, an SVG element, below the title."""
-        return html(self.title, self.tables, self.listings, picture)
+        head, *rest = (escape(line) for line in self.title.split("\n"))
+        body = [
+            f"<h1>{head}</h1>",
+            *(f"<p><code>{line}</code></p>" for line in rest),
+            *filter(None, [picture.strip()]),
+            *(table.render("html") for table in self.tables),
+            *(
+                f"<h2>{escape(each.caption)}</h2>\n<pre><code>{escape(each.code)}</code></pre>"
+                for each in self.listings
+            ),
+        ]
+        meta = f'<head><meta charset="utf-8"><title>{head}</title><style>{_STYLE}</style></head>'
+        start = ["<!doctype html>", '<html lang="en">', meta, "<body>"]
+        return "\n".join([*start, *body, "</body>", "</html>"]) + "\n"
 
     def _repr_html_(self) -> str:
         """Shown by a notebook."""
@@ -65,31 +83,3 @@ class Page(ABC):
 
     def __str__(self) -> str:
         return self.to_text()
-
-
-def text(title: str, tables: Sequence[Table], listings: Sequence[Listing] = ()) -> str:
-    """All of it below the title, for a terminal."""
-    code = (f"# {listing.caption}\n{listing.code}" for listing in listings)
-    return "\n\n".join([title, *(table.render("simple") for table in tables), *code]) + "\n"
-
-
-def markdown(title: str, tables: Sequence[Table], listings: Sequence[Listing] = ()) -> str:
-    """All of it below the title, as GitHub's Markdown."""
-    head, *rest = title.split("\n")
-    lines = (f"`{line}`" for line in rest)
-    code = (f"{listing.caption}:\n```python\n{listing.code}\n```" for listing in listings)
-    return "\n\n".join([f"## {head}", *lines, *(table.render("github") for table in tables), *code]) + "\n"
-
-
-def html(title: str, tables: Sequence[Table], listings: Sequence[Listing] = (), picture: str = "") -> str:
-    """All of it below the title, as a page of its own."""
-    head, *rest = (escape(line) for line in title.split("\n"))
-    body = [
-        f"<h1>{head}</h1>",
-        *(f"<p><code>{line}</code></p>" for line in rest),
-        *filter(None, [picture.strip()]),
-        *(table.render("html") for table in tables),
-        *(f"<h2>{escape(each.caption)}</h2>\n<pre><code>{escape(each.code)}</code></pre>" for each in listings),
-    ]
-    page = f'<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8"><title>{head}</title><style>{_STYLE}</style></head>'
-    return "\n".join([page, "<body>", *body, "</body>", "</html>"]) + "\n"

@@ -128,8 +128,7 @@ def _distances(inner: nx.Graph, sources: Iterable[GraphNode]) -> dict[GraphNode,
 
 def _arrange(column: list[GraphNode], beside: list[GraphNode], inner: nx.Graph) -> None:
     """Sort a column by the mean height of its neighbours in the column beside it."""
-    height = heights(beside)
-    now = heights(column)
+    height, now = heights(beside), heights(column)
 
     def wanted(node: GraphNode) -> float:
         near = [height[other] for other in inner.neighbors(node) if other in height]

@@ -44,6 +44,11 @@ class FactorEntry:
         rate = f", learning rate x {significant(self.lr)}" if self.lr != 1 else ""
         return f"{self.kind}{', masked' if self.masked else ''}{rate}"
 
+    @property
+    def over(self) -> str:
+        """Its modes with their sizes."""
+        return " x ".join(f"{mode} {size:,}" for mode, size in zip(self.modes, self.shape, strict=True))
+
 
 @dataclass(frozen=True)
 class ModeEntry:
@@ -145,21 +150,15 @@ class Report(Page):
         return {**fields, **totals, **tables}
 
     def _totals(self) -> Table:
+        seeded = f"not in the checkpoint: made again, random numbers from seed {self.seed}"
+        ordered = f"forward, a multiply-add as two; ordered for {self.tokens:,} tokens at a time"
         rows: list[tuple[Cell, ...]] = [
             ("trained", self.trainable, f"{significant(self.percent)} % of the base's {self.base:,}"),
             *([("of the base", self.extra, "trained beside the update, and in the checkpoint")] if self.extra else []),
             ("frozen, stored", self.frozen_stored, "in the checkpoint"),
-            (
-                "frozen, seeded",
-                self.frozen_seeded,
-                f"not in the checkpoint: made again, random numbers from seed {self.seed}",
-            ),
+            ("frozen, seeded", self.frozen_seeded, seeded),
             ("stored", self.stored, "in the checkpoint, all of it"),
-            (
-                "FLOPs per token",
-                self.flops_per_token,
-                f"forward, a multiply-add as two; ordered for {self.tokens:,} tokens at a time",
-            ),
+            ("FLOPs per token", self.flops_per_token, ordered),
             ("FLOPs per forward pass", self.flops_per_forward, "once for all tokens, on factors alone"),
             ("LoRA-equivalent rank", self.lora_rank, "LoRA of this rank holds every update"),
         ]
@@ -174,26 +173,15 @@ class Report(Page):
             "kept_per_token": f"of activations for the backward pass, {self.number_bytes} bytes a number; {apart}",
             "checkpoint": "on disk, in float32",
         }
-        rows = tuple(
-            (name.replace("_", " "), self.bytes[name], binary(self.bytes[name]), remark)
-            for name, remark in told.items()
-        )
-        return Table(("memory", "bytes", "", "remark"), rows)
+        found = self.bytes
+        rows = ((name.replace("_", " "), found[name], binary(found[name]), remark) for name, remark in told.items())
+        return Table(("memory", "bytes", "", "remark"), tuple(rows))
 
     @property
     def factor_table(self) -> Table:
         """Every stored tensor."""
-        rows = tuple(
-            (
-                entry.name,
-                " x ".join(f"{mode} {size:,}" for mode, size in zip(entry.modes, entry.shape, strict=True)),
-                entry.count,
-                entry.told,
-                entry.init,
-            )
-            for entry in self.factors
-        )
-        return Table(("factor", "modes", "numbers", "kind", "init"), rows)
+        rows = ((entry.name, entry.over, entry.count, entry.told, entry.init) for entry in self.factors)
+        return Table(("factor", "modes", "numbers", "kind", "init"), tuple(rows))
 
     def _modes(self) -> Table:
         how = {"attach": "when attached", "row": "per row of the batch", "data": "by the data", "sum": "summed over"}

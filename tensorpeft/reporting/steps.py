@@ -17,11 +17,7 @@ from tensorpeft.planning.weight_sites import some_sites
 from tensorpeft.reporting.panels import sites_of, span_of
 from tensorpeft.reporting.table import Cell, Table
 
-ENDS = {
-    "site": ("x", "y"),
-    "output": ("Wx", "y"),
-    "input": ("x", "x'"),
-}  # of a group: what it reads, and what it adds to
+ENDS = {"site": ("x", "y"), "output": ("Wx", "y"), "input": ("x", "x'")}  # of a group: what it reads, and adds to
 Tensor = tuple[str, tuple[str, ...]]  # a name and its modes
 
 

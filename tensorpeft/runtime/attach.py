@@ -48,6 +48,8 @@ def attach_programs(
     weight = _first_weight(model, plan.network)
     floating = weight.is_floating_point() and weight.dtype.itemsize >= 4
     adapter = Adapter(programs, name, weight.dtype if floating else torch.float32, weight.device)
+    adapter.engine.prepare(weight.dtype.itemsize)
+    adapter.engine.place()
     if values is None:
         adapter.reset_parameters()
     else:
@@ -66,8 +68,6 @@ def attach_programs(
         adapter.train(model.training)
         install(adapter.engine, adapter, model, _of_base(values or {}))
         done = True
-    adapter.engine.prepare(weight.dtype.itemsize)
-    adapter.engine.place()
     return adapter
 
 

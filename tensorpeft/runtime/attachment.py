@@ -103,15 +103,15 @@ def _refuse_clash(state: State, modules: Mapping[str, nn.Module]) -> None:
             )
 
 
-def _edges(modules: Mapping[str, nn.Module], state: State) -> Iterator[tuple[dict[str, Any], str, nn.Module, str]]:
-    """Every step from the model down to a site's module: the parent's children, the child's name, the child, and its path."""
+def _edges(modules: Mapping[str, nn.Module], state: State) -> Iterator[tuple[dict[str, Any], str, nn.Module]]:
+    """Every step from the model down to a site's module: the parent's children, the child's name, and the child."""
     seen: set[str] = set()
     for site in state.network.sites:
         path = site.module
         while path and path not in seen:
             seen.add(path)
             parent, _, name = path.rpartition(".")
-            yield modules[parent]._modules, name, modules[path], path
+            yield modules[parent]._modules, name, modules[path]
             path = parent
 
 

@@ -22,8 +22,8 @@ from tensorpeft.runtime.state import State
 from tensorpeft.runtime.torch_internals import (
     apply_of,
     backward_pass,
+    is_traced,
     outputs_are_kept,
-    tracing_state,
     transforms_are_active,
 )
 
@@ -62,7 +62,8 @@ class SharedInput:
 
     def begin(self, module: nn.Module, x: Tensor, y: Tensor, grad: bool) -> Run | None:
         """Compute what the sites have in common; None if something looks on that needs functions without effects (``traced``)."""
-        if transforms_are_active() or (not self.cache.now.thread and tracing_state() is not None):
+        now = self.cache.now
+        if transforms_are_active() or now.is_traced or (not now.thread and is_traced()):
             return None
         prepared = self.cache.prepared(y, grad)
         run = Run()  # filled in here, as an __init__ would be a call more

@@ -23,6 +23,7 @@ from tensorpeft.runtime.site_tensors import quotient
 from tensorpeft.runtime.torch_internals import (
     backward_pass,
     is_in_distributed_forward,
+    is_traced,
     outputs_are_kept,
     without_dispatch_modes,
 )
@@ -50,15 +51,17 @@ class Pass:
 
     def __init__(self) -> None:
         self.number, self.thread = 0, 0
+        self.is_traced = False  # whether something follows every step of it
         self.distributed = False  # whether it is part of one of DistributedDataParallel
 
     def begin(self) -> None:
         """A pass begins, in this thread."""
-        self.number, self.thread, self.distributed = self.number + 1, get_ident(), is_in_distributed_forward()
+        self.number, self.thread = self.number + 1, get_ident()
+        self.is_traced, self.distributed = is_traced(), is_in_distributed_forward()
 
     def end(self) -> None:
         """It is over."""
-        self.thread = 0
+        self.thread, self.is_traced = 0, False
 
 
 class _Made:

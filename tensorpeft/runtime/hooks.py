@@ -99,7 +99,8 @@ class ModuleForward:
         with self._turn, at_exit(restore):
             for each in at_work:
                 each.replace(self.module)
-            return self.base(*args, **named)
+            y = self.base(*args, **named)
+        return y  # noqa: RET504 - a return within the context is one more line that an interrupt may hit
 
     # Who takes part
 

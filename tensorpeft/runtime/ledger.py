@@ -77,7 +77,7 @@ class BaseParameter:
     @property
     def is_at_rest(self) -> bool:
         """Whether nothing is added to it, and nothing half taken off."""
-        return not self.additions and self._written == ()
+        return not self.additions and self._written == () and self.own is None
 
     @property
     def was_changed(self) -> bool:

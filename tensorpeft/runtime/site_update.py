@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tensorpeft.runtime.autograd import add_update
 from tensorpeft.runtime.engine import Engine, Steps
-from tensorpeft.runtime.torch_internals import backward_pass, is_dynamo_compiling
+from tensorpeft.runtime.torch_internals import backward_pass, is_dynamo_compiling, is_traced
 
 _MANY = 1024  # lengths of input that a module remembers
 
@@ -26,14 +26,14 @@ class SiteUpdate:
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The output y (..., d_out) for the input x (..., d_in), with the updates added, in the memory of y."""
-        if is_dynamo_compiling() or torch.compiler._is_compiling_flag:
+        if is_dynamo_compiling():
             return self.engine.traced.update(self.path, module, x, y, ahead=self.ahead)
         if y.dtype is torch.float16:  # in whose range x A need not lie
             return self(module, x, y.float()).to(torch.float16)
         grad = torch.is_grad_enabled()
         try:
             steps = self._steps[x.shape, grad, y.dtype, self.state.alone]
-        except KeyError:
+        except (KeyError, TypeError):  # new; or of a size that is a symbol, which has no hash
             steps = self._steps_for(x, y, grad)
         for shared, place in steps:
             mine, run = 1 << place, shared.run
@@ -69,6 +69,8 @@ class SiteUpdate:
         if len(self._steps) >= _MANY:
             self._steps.clear()
         found = self.engine.steps(self.path, x, y, grad=grad, ahead=self.ahead)
+        if is_traced():
+            return found
         self._steps[x.shape, grad, y.dtype, self.state.alone] = found
         return found
 

@@ -55,9 +55,7 @@ class State:
         self.alone = True  # whether no neighbour is at work, and the base's modules tell their biases
         self.tells_biases = True
         self.when_alone_changes: Callable[[], None] | None = None
-        self.edges: list[
-            tuple[dict[str, Any], str, nn.Module, str]
-        ] = []  # from the model down to its sites: what was where
+        self.edges: list[tuple[dict[str, Any], str, nn.Module]] = []  # from the model down to its sites: what was where
         self.working = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -98,7 +96,7 @@ class State:
         Raises:
             AdapterError: a module that the adapter is on was replaced, or a parameter that it trains is another one now.
         """
-        for children, name, module, path in self.edges:
+        for children, name, module in self.edges:
             if name not in children or children[name] is not module:
                 self._look_again()
                 break
@@ -111,7 +109,7 @@ class State:
                 self._follow(held, here[held.name])
 
     def _look_again(self) -> None:
-        """Something lies elsewhere. Layers may be left out or turned round, but a module of a site is to be one that is adapted."""
+        """Something lies elsewhere. Layers may be left out or turned round, but the module of a site is to be an adapted one."""
         model, own = self.base_model(), {id(module) for module in self.modules}
         for path in dict.fromkeys(site.module for site in self.network.sites):
             try:

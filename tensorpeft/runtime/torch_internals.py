@@ -23,6 +23,13 @@ backward_pass: Callable[[], int] = torch._C._current_graph_task_id  # the number
 is_batched_gradient: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor
 without_dispatch_modes = _disable_current_modes
 
+# Attributes of torch's that stand where they are needed, since a function around them would be a call at every site. The state
+# of a module is in the dictionaries of nn.Module, which ``_apply`` casts and moves; a tensor tells its version and what it is a view of.
+ATTRIBUTES: dict[type, tuple[str, ...]] = {
+    Tensor: ("_base", "_version"),
+    nn.Module: ("_apply", "_buffers", "_modules", "_non_persistent_buffers_set", "_parameters"),
+}
+
 
 def is_traced() -> bool:
     """Whether a compiler or a transform of torch.func follows what is done; then autograd's own formulas are used."""

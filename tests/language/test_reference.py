@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 
-from tensorpeft.language.functions import ARITY
 from tensorpeft.language.keywords import (
     BUILT_IN_MODES,
     DECOMPOSITIONS,
@@ -17,7 +16,7 @@ from tensorpeft.language.keywords import (
 from tensorpeft.language.loader import load_spec
 from tensorpeft.language.shipped import grammar_path
 from tensorpeft.language.spec import BUDGET, INPUT
-from tensorpeft.language.syntax import CONSTANTS
+from tensorpeft.language.syntax import ARITY, CONSTANTS
 
 REFERENCE = grammar_path("README.md").read_text(encoding="utf-8")
 

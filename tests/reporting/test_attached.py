@@ -49,6 +49,6 @@ def test_an_adapter_tells_where_it_is():
         "    B, frozen: 64 x 4\n"
         "    A, frozen: 4 x 64\n"
         "  )\n"
-        "  (extras): Extras()\n"
+        "  (trained_base): TrainedBase()\n"
         ")"
     )

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tensorpeft.reporting.page import html, markdown, text
+from tensorpeft.reporting.page import Page
 from tensorpeft.reporting.report import binary
 from tensorpeft.reporting.table import Table, significant
+
+
+def page(title: str, table: Table) -> Page:
+    return type("Told", (Page,), {"title": title, "tables": (table,), "to_data": lambda self: None})()
+
 
 TABLE = Table(("name", "count", "share"), (("a", 12345, 0.0000961083), ("b", 7, 12.34567)))
 
@@ -28,7 +33,7 @@ def test_binary_units(n_bytes, shown):
 
 
 def test_text():
-    assert text("Head\nsecond line", [TABLE]) == (
+    assert page("Head\nsecond line", TABLE).to_text() == (
         "Head\nsecond line\n\n"
         "name      count       share\n"
         "------  -------  ----------\n"
@@ -38,7 +43,7 @@ def test_text():
 
 
 def test_markdown():
-    assert markdown("Head\nsecond line", [TABLE]) == (
+    assert page("Head\nsecond line", TABLE).to_markdown() == (
         "## Head\n\n`second line`\n\n"
         "| name   |   count |      share |\n"
         "|--------|---------|------------|\n"
@@ -48,8 +53,8 @@ def test_markdown():
 
 
 def test_html_is_escaped():
-    page = html("<Head>\na & b", [Table(("x",), (("<script>",),))])
-    assert "<h1>&lt;Head&gt;</h1>" in page
-    assert "<p><code>a &amp; b</code></p>" in page
-    assert "&lt;script&gt;" in page
-    assert "<script>" not in page
+    shown = page("<Head>\na & b", Table(("x",), (("<script>",),))).to_html()
+    assert "<h1>&lt;Head&gt;</h1>" in shown
+    assert "<p><code>a &amp; b</code></p>" in shown
+    assert "&lt;script&gt;" in shown
+    assert "<script>" not in shown

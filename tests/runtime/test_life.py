@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -80,17 +81,17 @@ def test_starts_at_the_base_and_detaches_without_a_trace(architecture: str, spec
 def test_attach_that_fails_halfway_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     before = state(model)
-    original, calls = nn.Module.register_forward_hook, []
+    original, calls = hooks.ModuleForward.join, []
 
-    def failing(self: nn.Module, *args: object, **named: object) -> object:
+    def failing(self: hooks.ModuleForward, *args: Any) -> None:
         calls.append(self)
         if len(calls) == 3:
-            raise RuntimeError("no more hooks")
-        return original(self, *args, **named)
+            raise RuntimeError("no more modules")
+        original(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(nn.Module, "register_forward_hook", failing)
-        with pytest.raises(RuntimeError, match="no more hooks"):
+        patch.setattr(hooks.ModuleForward, "join", failing)
+        with pytest.raises(RuntimeError, match="no more modules"):
             tp.attach(model, "lora")
     assert len(calls) == 3
     assert state(model) == before
@@ -200,10 +201,11 @@ def test_two_adapters_add_up() -> None:
     first.merge()
     second.merge()
     assert torch.allclose(run(model, x), both, rtol=1e-6, atol=1e-7)
-    with pytest.raises(tp.AdapterError, match="unmerge `other` before `lora`: it was merged after it"):
-        first.unmerge()
+    first.unmerge()  # in any order: a weight is its own bits and the sum of what is merged into it
+    assert torch.allclose(run(model, x), both, rtol=1e-6, atol=1e-7)
+    with first.disabled():
+        assert torch.allclose(run(model, x), second_alone, rtol=1e-6, atol=1e-7)
     second.unmerge()
-    first.unmerge()
     assert torch.equal(run(model, x), both)
     first.detach()
     assert torch.equal(run(model, x), second_alone)

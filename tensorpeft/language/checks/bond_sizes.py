@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator
 
 from tensorpeft.language import names
 from tensorpeft.language.checks.calls import alternatives, arithmetic, constant, size
 from tensorpeft.language.errors import Problem
+from tensorpeft.language.modes import reached
 from tensorpeft.language.nodes import MappingNode
 from tensorpeft.language.spec import Spec
 
@@ -20,7 +21,7 @@ def rank_expressions(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     for rank in dict.fromkeys(ranks.values()):
         for value in alternatives(rank):
             yield from size(value, names.sizes(spec), f"rank `{value}`", MAX_RANK)
-    circle = next((bond for bond in ranks if bond in _reached(bond, needs)), None)
+    circle = next((bond for bond in ranks if bond in reached([bond], needs)), None)
     if circle is not None:
         yield Problem(f"the rank of `{circle}` is `{ranks[circle]}`, which depends on itself", ranks[circle].span)
 
@@ -33,7 +34,7 @@ def part_sizes(spec: Spec, table: MappingNode) -> Iterator[Problem]:
         for part in definition.parts:
             if part.size is not None:
                 yield from size(part.size, names.sizes(spec), f"the size of `{part}`", MAX_SIZE)
-                if fellows & _reached(part.name, needs):
+                if fellows & reached([part.name], needs):
                     message = f"the size of `{part}` depends on parts of `{definition.name}` itself"
                     yield Problem(f"{message}; expected others", part.size.span)
 
@@ -46,18 +47,6 @@ def _needs(spec: Spec) -> dict[str, set[str]]:
         said |= {definition.name} & names.side_parts(spec.modes)
         needs |= {part.name: needs.get(part.name, set()) | said for part in definition.parts}
     return needs
-
-
-def _reached(size: str, needs: Mapping[str, Set[str]]) -> set[str]:
-    """The sizes that a size depends on, directly or not."""
-    reached: set[str] = set()
-    ahead = [size]
-    while ahead:
-        for name in needs.get(ahead.pop(), ()):
-            if name not in reached:
-                reached.add(name)
-                ahead.append(name)
-    return reached
 
 
 def scale(spec: Spec, table: MappingNode) -> Iterator[Problem]:

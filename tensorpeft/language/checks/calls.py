@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sized
 
-from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing
-from tensorpeft.language.functions import ARITY
+from tensorpeft.language.errors import Problem, SpecError, did_you_mean, listing, unknown
 from tensorpeft.language.keywords import Signature
-from tensorpeft.language.syntax import CONSTANTS, Call, Choice, Expression, Name, Operation
+from tensorpeft.language.syntax import ARITY, CONSTANTS, Call, Choice, Expression, Name, Operation
 
 
 def alternatives(expression: Expression) -> tuple[Expression, ...]:
@@ -20,8 +19,7 @@ def arithmetic(expression: Expression, names: Iterable[str], modes: Iterable[str
     names, modes = tuple(names), tuple(modes)
     match expression:
         case Name(name, span) if name not in names and name not in CONSTANTS:
-            hint = did_you_mean(name, names) or f"; expected one of {listing(names, 20)}"
-            yield Problem(f"unknown name `{name}`{hint}", span)
+            yield Problem(unknown("name", name, names, 20), span)
         case Operation(_, left, right):
             yield from arithmetic(left, names, modes)
             yield from arithmetic(right, names, modes)
@@ -29,8 +27,7 @@ def arithmetic(expression: Expression, names: Iterable[str], modes: Iterable[str
             if len(args) != 1 or not isinstance(args[0], Name) or args[0].name not in modes:
                 yield Problem(f"`{expression}` is the size of no mode; expected one of {listing(modes)}", span)
         case Call(name, args, _, span) if name not in ARITY:
-            hint = did_you_mean(name, ARITY) or f"; expected one of {listing(ARITY)}"
-            yield Problem(f"unknown function `{name}`{hint}", span)
+            yield Problem(unknown("function", name, ARITY), span)
         case Call(name, args, _, span):
             fewest, most = ARITY[name]
             if not fewest <= len(args) <= most:
@@ -71,15 +68,8 @@ def signature(call: Call, takes: Signature) -> Iterator[Problem]:
         yield Problem(f"`{call}` is given {_count(call.args)}; expected {expected}", call.span)
     for key, value in call.options:
         if key not in takes.options:
-            hint = did_you_mean(key, takes.options)
-            hint = hint or (f"; it has {listing(takes.options)}" if takes.options else "; it has none")
+            hint = did_you_mean(key, takes.options) or f"; it has {listing(takes.options) or 'none'}"
             yield Problem(f"`{call.name}` has no option `{key}`{hint}", value.span)
-
-
-def unknown(noun: str, call: Call, known: Iterable[str]) -> Problem:
-    """A call of a name that nothing is known of."""
-    hint = did_you_mean(call.name, known) or f"; expected one of {listing(known)}"
-    return Problem(f"unknown {noun} `{call.name}`{hint}", call.span)
 
 
 def _count(values: Sized) -> str:

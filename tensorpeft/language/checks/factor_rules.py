@@ -1,24 +1,20 @@
-"""Checks of what is said of the factors: whether they are trained, where their numbers come from, how the update starts."""
+"""Checks of what is said of the factors: where their numbers come from, how the update starts; of the target and training."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Set
 
 from tensorpeft.language import names
-from tensorpeft.language.checks.calls import arithmetic, constant, signature, unknown
+from tensorpeft.language.checks.calls import arithmetic, constant, signature
 from tensorpeft.language.checks.start import dead_factors, nonzero_products, origin
-from tensorpeft.language.errors import Problem, did_you_mean, listing
+from tensorpeft.language.errors import Problem, did_you_mean, listing, unknown
 from tensorpeft.language.keywords import DECOMPOSITIONS, INITIALISERS, LAYER
 from tensorpeft.language.nodes import MappingNode
-from tensorpeft.language.spec import BASE_WEIGHT, SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
+from tensorpeft.language.spec import BASE_WEIGHT, INPUT, SIDES, SITE_MODES, STRUCTURAL_MODES, Spec
 from tensorpeft.language.syntax import Call, Expression, Name, Product, Spectral
 
-_SIDE_OF = {
-    "U": "d_out",
-    "Q": "d_out",
-    "V": "d_in",
-    "R": "d_in",
-}  # what each part of a decomposition carries, beside the bond
+_SIDE_OF = {"U": "d_out", "Q": "d_out", "V": "d_in", "R": "d_in"}  # what parts of decompositions carry beside the bond
 
 
 def initialisers(spec: Spec, table: MappingNode) -> Iterator[Problem]:
@@ -34,7 +30,7 @@ def initialisers(spec: Spec, table: MappingNode) -> Iterator[Problem]:
             message = f"`{rule.init}` is a decomposition; expected a part of it, such as"
             yield Problem(f"{message} `{rule.init}.{DECOMPOSITIONS[rule.init.name][0]}[:r]`", rule.init.span)
         else:
-            yield unknown("initialiser", rule.init, INITIALISERS)
+            yield Problem(unknown("initialiser", rule.init.name, INITIALISERS), rule.init.span)
 
 
 def _call(spec: Spec, name: str, modes: dict[str, tuple[str, ...]], init: Call) -> Iterator[Problem]:
@@ -52,10 +48,8 @@ def _call(spec: Spec, name: str, modes: dict[str, tuple[str, ...]], init: Call) 
         case "formula":
             yield from _formula(name, tuple(mode for mode in free if not names.is_bound(spec, mode)), own, init)
         case "orthogonal" | "identity" if len(free) < 2:
-            message = (
-                f"`{init}` is over two modes, and `{name}` carries {listing(free) or 'none'} that is not bound to sites"
-            )
-            yield Problem(f"{message}; expected two of them", init.span)
+            found = f"`{name}` carries {listing(free) or 'none'} that is not bound to sites"
+            yield Problem(f"`{init}` is over two modes, and {found}; expected two of them", init.span)
         case "constant" | "uniform" | "normal":
             problems = list(arithmetic(init.args[0], names.sizes(spec)))
             yield from problems or _drawn(init, init.args[0])
@@ -118,9 +112,8 @@ def _spectral(spec: Spec, name: str, modes: tuple[str, ...], init: Spectral) -> 
         hint = did_you_mean(bond, {*modes} & {*names.bonds(spec)}) or f"; it carries {listing(modes)}"
         yield Problem(f"`{init}` is cut to `{bond}`, which `{name}` does not carry{hint}", init.span)
     elif bond not in names.bonds(spec):
-        yield Problem(
-            f"`{init}` is cut to `{bond}`, which is no bond; expected one with a size under `rank`", init.span
-        )
+        message = f"`{init}` is cut to `{bond}`, which is no bond"
+        yield Problem(f"{message}; expected one with a size under `rank`", init.span)
     elif wrong:
         has = f"`{side}` and `{bond}`" if side else f"`{bond}` alone"
         message = f"`{init.decomposition}(W).{init.part}` has {has}, and `{name}` carries {listing(wrong)}"
@@ -192,3 +185,28 @@ def _not_zero(spec: Spec, product: Product) -> str:
     candidates = f"one of {listing(own)}" if len(own) > 1 else listing(own) or "a factor of its own"
     ways = f"expected `init: zeros` for {candidates}, `start: subtract` or `start: nonzero`"
     return f"this product does not start at zero; {ways}"
+
+
+def patterns(spec: Spec, table: MappingNode) -> Iterator[Problem]:
+    """The braces of a pattern name the layer or the matrix."""
+    for entry in (*spec.target.matrices, *spec.target.exclude):
+        bare = re.sub(r"\{(layer|matrix)\}", "", entry)
+        if "{" in bare or "}" in bare:
+            span = spec.target.span(entry)
+            yield Problem(f"`{entry}` has braces around something else; expected `{{layer}}` or `{{matrix}}`", span)
+
+
+def dropout(spec: Spec, table: MappingNode) -> Iterator[Problem]:
+    """`dropout` names the input of the sites, or bonds."""
+    carried = names.carried(spec)
+    bonds = [bond for bond in names.bonds(spec) if bond in carried]
+    for name, _ in spec.dropout:
+        span = table.place("dropout", name)
+        if name == INPUT and INPUT in bonds:
+            message = f"`{INPUT}` under `dropout` is the input of a site, and it is a bond here"
+            yield Problem(f"{message}; expected another name for the bond", span)
+        elif name == INPUT and not spec.update.products:
+            yield Problem("there is no update whose input could be dropped; expected no `dropout`", span)
+        elif name not in (INPUT, *bonds):
+            hint = did_you_mean(name, bonds) or f"; expected one of {listing((INPUT, *bonds))}"
+            yield Problem(f"`dropout` speaks of `{name}`, which is no bond{hint}", span)

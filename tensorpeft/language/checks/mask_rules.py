@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from tensorpeft.language import names
-from tensorpeft.language.checks.calls import arithmetic, constant, signature, unknown
-from tensorpeft.language.errors import Problem, did_you_mean, listing
+from tensorpeft.language.checks.calls import arithmetic, constant, signature
+from tensorpeft.language.errors import Problem, did_you_mean, listing, unknown
 from tensorpeft.language.keywords import MASK_RULES, SCORED, Signature
 from tensorpeft.language.nodes import MappingNode
 from tensorpeft.language.source import Span
@@ -46,18 +46,13 @@ def _where(mask: MaskRule) -> str:
 
 def _misplaced(spec: Spec, mask: MaskRule, modes: Mapping[str, tuple[str, ...]]) -> str | None:
     """Why nothing is masked by this name; ``modes`` are those of every factor."""
-    if mask.factor == BASE_WEIGHT:
-        return f"`{BASE_WEIGHT}` is the base weight, of which nothing is said here"
-    if mask.factor not in modes:
-        known = [factor for factor in modes if factor != BASE_WEIGHT]
-        hint = did_you_mean(mask.factor, known) or f"; the update has {listing(known) or 'none'}"
-        return f"unknown factor `{mask.factor}`{hint}"
+    if message := names.no_factor(mask.factor, [factor for factor in modes if factor != BASE_WEIGHT]):
+        return message
     mine = modes[mask.factor]
     for mode in mask.modes:
         if mode not in mine:
-            return (
-                f"`{mask.factor}` carries no mode `{mode}`{did_you_mean(mode, mine) or f'; it carries {listing(mine)}'}"
-            )
+            hint = did_you_mean(mode, mine) or f"; it carries {listing(mine)}"
+            return f"`{mask.factor}` carries no mode `{mode}`{hint}"
         if names.is_bound(spec, mode):
             return f"`{_where(mask)}` would mask whole matrices, layers or tasks; choose these under `target`"
         if mask.modes.count(mode) > 1:
@@ -82,7 +77,7 @@ def _where_rule(mask: MaskRule) -> Iterator[Problem]:
 def _count_rule(rule: Call) -> Iterator[Problem]:
     takes = MASK_RULES.get(rule.name)
     if takes is None:
-        yield unknown("mask rule", rule, MASK_RULES)
+        yield Problem(unknown("mask rule", rule.name, MASK_RULES), rule.span)
         return
     yield from signature(rule, Signature(takes.values, tuple(key for key, _ in rule.options)))
     for value in (*rule.args, *(value for _, value in rule.options)):

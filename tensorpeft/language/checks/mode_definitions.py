@@ -16,7 +16,7 @@ from tensorpeft.language.syntax import CONSTANTS, Definition, Part, Reference
 def definitions(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A side, or a part of it, is split into new modes; a new mode fuses modes that are known."""
     bonds, parts = set(names.bonds(spec)), names.side_parts(spec.modes)
-    carried = (mode for reference in names.references(spec) for mode in reference.modes)
+    carried = (mode for reference in spec.update.references for mode in reference.modes)
     used = inside([d for d in spec.modes if d.name not in (*SIDES, *parts)], carried)
     seen, owners = set[str](), dict[str, str]()
     for definition in spec.modes:
@@ -68,9 +68,8 @@ def _not_fused(spec: Spec, definition: Definition, part: Part, fusible: Set[str]
         return f"`{definition.name}` would be a part of itself"
     known = {*BUILT_IN_MODES, *fusible, *defined}
     if name not in known:
-        return (
-            f"unknown mode `{name}`{did_you_mean(name, known) or f'; expected modes such as {listing(SITE_MODES[:2])}'}"
-        )
+        hint = did_you_mean(name, known) or f"; expected modes such as {listing(SITE_MODES[:2])}"
+        return f"unknown mode `{name}`{hint}"
     if part.size is not None:
         return f"`{name}` has a size already; only the parts of `d_out` and `d_in` are given one"
     return None
@@ -79,7 +78,7 @@ def _not_fused(spec: Spec, definition: Definition, part: Part, fusible: Set[str]
 def references(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A factor carries a mode once; every mention of it has as many modes, and names those that are bound alike."""
     first: dict[str, Reference] = {}
-    for reference in names.references(spec):
+    for reference in spec.update.references:
         twice = sorted({mode for mode in reference.modes if reference.modes.count(mode) > 1})
         known = first.setdefault(reference.factor, reference)
         if reference.factor == BASE_WEIGHT and not _is_weight(spec, reference):
@@ -111,7 +110,7 @@ def _unlike(spec: Spec, known: Reference, reference: Reference) -> str | None:
 def known_modes(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """Every mode is built in, defined, or a bond with a size."""
     known, told = names.known_modes(spec), set()
-    for reference in names.references(spec):
+    for reference in spec.update.references:
         for mode in reference.modes:
             if mode in told:
                 continue
@@ -125,11 +124,8 @@ def known_modes(spec: Spec, table: MappingNode) -> Iterator[Problem]:
 
 def used_bonds(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A size is given to bonds only, and only to those that a factor carries or other arithmetic speaks of."""
-    carried, spoken, parts = (
-        names.carried(spec),
-        names.in_sizes(spec) | names.in_initialisers(spec),
-        names.side_parts(spec.modes),
-    )
+    carried, parts = names.carried(spec), names.side_parts(spec.modes)
+    spoken = names.in_sizes(spec) | names.in_initialisers(spec)
     for bond, _ in spec.ranks:
         span = table.place("rank", bond)
         if bond in BUILT_IN_MODES:

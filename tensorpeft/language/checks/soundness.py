@@ -12,7 +12,7 @@ from tensorpeft.language.checks import bond_sizes as sizes
 from tensorpeft.language.checks import factor_rules as factors
 from tensorpeft.language.checks import mask_rules as masks
 from tensorpeft.language.checks import mode_definitions as modes
-from tensorpeft.language.checks import training, update
+from tensorpeft.language.checks import update
 from tensorpeft.language.diagnostics import Findings
 from tensorpeft.language.errors import Problem
 from tensorpeft.language.nodes import MappingNode
@@ -38,8 +38,8 @@ _CHECKS: tuple[tuple[Check, str, tuple[str, ...]], ...] = (
     (masks.scores, "scores", ("scores", "mask")),
     (sizes.scale, "scale", ("alpha", "rank")),
     (sizes.used_alpha, "alpha", ("alpha", "scale", "rank")),
-    (training.patterns, "target", ()),
-    (training.dropout, "dropout", ("update", "rank")),
+    (factors.patterns, "target", ()),
+    (factors.dropout, "dropout", ("update", "rank")),
     (factors.trained, "frozen", ("factors", "frozen", "train")),
     (factors.start, "start", ("start", "factors", "frozen")),
 )
@@ -51,15 +51,9 @@ def check_spec(spec: Spec, table: MappingNode, findings: Findings) -> None:
     """Add what is wrong with a spec that could be read; what depends on a spoiled key is not judged."""
     for check, key, needed in _CHECKS:
         if not findings.spoiled & {*needed}:
-            _add(check(spec, table), key, findings)
+            findings.extend(key, check(spec, table))
     if not findings.spoiled & {"modes", "share"}:
         whole = tuple(product for product in spec.update.products if not findings.within(product.span))
         untouched = replace(spec, update=Update(whole))
         for check in _OF_PRODUCTS:
-            _add(check(untouched, table), "update", findings)
-
-
-def _add(problems: Iterator[Problem], key: str, findings: Findings) -> None:
-    found = list(problems)
-    if found:
-        findings.extend(key, found)
+            findings.extend("update", check(untouched, table))

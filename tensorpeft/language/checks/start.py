@@ -105,7 +105,8 @@ class _Starts:
             if n_ones == len(free):
                 return others
             for kept, bond in (free[-2:], free[:-3:-1]):
-                if self._of_one_size(bond, kept) and all(self._has_whole(bond, other) for other in others):
+                of_one_size = bond in self.ranks and self.ranks[bond] in (Name(kept), self.sizes.get(kept))
+                if of_one_size and all(self._has_whole(bond, other) for other in others):
                     return [(other, self._renamed(bond, kept, theirs)) for other, theirs in others]
         return None
 
@@ -114,9 +115,6 @@ class _Starts:
         apart = ((mode, self._atoms([mode])) for mode in modes)
         stored = [(mode,) if {*SITE_MODES}.isdisjoint(atoms) else atoms for mode, atoms in apart]
         return [each for several in stored for each in several if each not in SITE_MODES]
-
-    def _of_one_size(self, bond: str, kept: str) -> bool:
-        return bond in self.ranks and self.ranks[bond] in (Name(kept), self.sizes.get(kept))
 
     def _has_whole(self, bond: str, factor: _Factor) -> bool:
         """Whether a factor does not hold the bond within another mode, or it does not matter."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Set
-from dataclasses import dataclass
 
 from tensorpeft.language import names
 from tensorpeft.language.errors import Problem, clip, did_you_mean, listing
@@ -77,16 +76,16 @@ def connected(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """No group of factors is bound to nothing but itself."""
     bonds = {*names.bonds(spec)}
     for product in spec.update.products:
-        for group in _groups(spec, product):
-            if len(group.references) > 1 and group.atoms <= bonds:  # of one by itself, its lone bonds are told
-                factors = listing(dict.fromkeys(reference.factor for reference in group.references))
+        for group, atoms in _groups(spec, product):
+            if len(group) > 1 and atoms <= bonds:  # of one by itself, its lone bonds are told
+                factors = listing(dict.fromkeys(reference.factor for reference in group))
                 message = f"nothing joins {factors} to the rest of the product"
-                yield Problem(f"{message}; expected a bond that another factor carries", group.references[0].span)
+                yield Problem(f"{message}; expected a bond that another factor carries", group[0].span)
 
 
 def tasks(spec: Spec, table: MappingNode) -> Iterator[Problem]:
     """A number of tasks, and a factor that differs between them, come together."""
-    carrying = [ref for ref in names.references(spec) if TASK_MODE in names.atoms(spec, ref.modes)]
+    carrying = [ref for ref in spec.update.references if TASK_MODE in names.atoms(spec, ref.modes)]
     if spec.tasks is None and carrying:
         message = f"`{carrying[0].factor}` carries the mode `task`, whose size is missing; expected a key `tasks`"
         yield Problem(message, carrying[0].span)
@@ -94,23 +93,13 @@ def tasks(spec: Spec, table: MappingNode) -> Iterator[Problem]:
         yield Problem("`tasks` is given, but no factor carries the mode `task`", table.where("tasks"))
 
 
-@dataclass(frozen=True)
-class _Component:
-    """Factors of a product that hang together, and the modes they carry."""
-
-    references: tuple[Reference, ...]
-    atoms: frozenset[str]
-
-
-def _groups(spec: Spec, product: Product) -> list[_Component]:
-    groups: list[_Component] = []
+def _groups(spec: Spec, product: Product) -> list[tuple[list[Reference], frozenset[str]]]:
+    """The factors of a product that hang together, with the modes that they carry."""
+    groups: list[tuple[list[Reference], frozenset[str]]] = []
     for reference in product.factors:
-        merged = _Component((reference,), names.atoms(spec, reference.modes))
-        apart = []
-        for group in groups:
-            if group.atoms & merged.atoms:
-                merged = _Component((*group.references, *merged.references), group.atoms | merged.atoms)
-            else:
-                apart.append(group)
-        groups = [*apart, merged]
+        mine = names.atoms(spec, reference.modes)
+        joined = [group for group in groups if group[1] & mine]
+        references = [each for theirs, _ in reversed(joined) for each in theirs] + [reference]
+        merged = references, mine.union(*(atoms for _, atoms in joined))
+        groups = [*(group for group in groups if group not in joined), merged]
     return groups

@@ -23,10 +23,8 @@ class GraphKey:
 def module(graph: fx.Graph, name: str) -> fx.GraphModule:
     """A finished graph as a module of a class of this name."""
     numbers = {node: number for number, node in enumerate(graph.nodes)}
-    nodes = (
-        (node.op, node.target, _value_of(node.args, numbers), _value_of(node.kwargs, numbers)) for node in graph.nodes
-    )
-    return _module(GraphKey(tuple(nodes), name, graph))
+    nodes = ((node.op, node.target, node.args, node.kwargs) for node in graph.nodes)
+    return _module(GraphKey(tuple(_value_of(node, numbers) for node in nodes), name, graph))
 
 
 @lru_cache(maxsize=4096)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
+from string import ascii_letters
 
 import torch
 from torch import Tensor
@@ -21,10 +22,8 @@ def scatter(values: Tensor, positions: Tensor, shape: tuple[int, ...]) -> Tensor
     return values.new_zeros(prod(shape)).index_copy(0, positions, values).view(shape)
 
 
-def spread(
-    tensor: Tensor, positions: Tensor, size: int
-) -> Tensor:  # shapes: (sites, n, cut), (n,) -> (sites, size, cut)
-    """The numbers at positions of a longer axis, with zeros elsewhere."""
+def spread(tensor: Tensor, positions: Tensor, size: int) -> Tensor:
+    """The numbers at positions of a longer axis, with zeros elsewhere: (sites, n, cut), (n,) -> (sites, size, cut)."""
     return tensor.new_zeros(tensor.shape[0], size, tensor.shape[2]).index_copy(1, positions, tensor)
 
 
@@ -79,8 +78,6 @@ def equation(inputs: Sequence[tuple[object, ...]], output: tuple[object, ...]) -
     known: dict[object, str] = {...: "..."}
 
     def letters(modes: tuple[object, ...]) -> str:
-        return "".join(
-            known.setdefault(m, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"[len(known) - 1]) for m in modes
-        )
+        return "".join(known.setdefault(mode, ascii_letters[len(known) - 1]) for mode in modes)
 
     return f"{','.join(map(letters, inputs))}->{letters(output)}"

@@ -29,7 +29,7 @@ def names(linears: Iterable[Linear], architecture: Architecture | None) -> dict[
     Its expert is the integer behind a name such as ``experts``; its layer the first other integer in the path that differs
     between weights of otherwise equal paths and equal sides (or of any sides, or the first integer that is not the path's end,
     or 0 if there is none); its stack is what is before that integer. Its matrix is the path without these, where common names
-    of modules inside the layers, or of a model without layers, are the roles that they mostly have (`network.conventions`),
+    of modules inside the layers, or of a model without layers, are the roles that they mostly have (`model.roles`),
     unless a family knows the whole model. It is cut to the shortest dotted ending that begins with a name, is no role of the
     family's, and is no other matrix's ending; or where others of its stack lack a shorter one, to that, with the stack in front:
     ``encoder.query``.

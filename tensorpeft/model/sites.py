@@ -16,7 +16,7 @@ def resolve(linears: Iterable[Linear], architecture: Architecture | None) -> tup
     """The sites of a model, matrix by matrix, each from its first layer to its last.
 
     Weights that the family knows have the family's roles, in its order. Every other one is named by its path
-    (`network.naming`). A module that the family never calls is a parameter of the module that reads it.
+    (`model.naming`). A module that the family never calls is a parameter of the module that reads it.
 
     Raises:
         ModelError: a weight has other sides than its family's table says, or two have one role, layer and expert.

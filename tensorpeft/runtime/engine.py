@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tensorpeft.runtime.autograd import SharedInput
 from tensorpeft.runtime.delta_weight import DeltaWeight
-from tensorpeft.runtime.factor_cache import FactorCache, Pass
+from tensorpeft.runtime.factor_cache import FactorCache, ForwardPass
 from tensorpeft.runtime.magnitudes import Magnitudes
 from tensorpeft.runtime.program_cache import Program, Programs
 from tensorpeft.runtime.replacement import Weights
@@ -28,7 +28,7 @@ class Engine:
         self.weights = Weights(state)
         self.traced = Traced(state, self.programs, self.magnitudes.norms if self.magnitudes.blocks else None)
         self._deltas: dict[str, DeltaWeight] = {}
-        self.now = Pass()
+        self.now = ForwardPass()
         self.caches: dict[Program, FactorCache] = {}
         self.shared: dict[Program, list[SharedInput]] = {}
         state.when_alone_changes = self.set_alone

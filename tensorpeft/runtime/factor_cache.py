@@ -46,7 +46,7 @@ class Prepared:
     gradients: Gradients | None = None
 
 
-class Pass:
+class ForwardPass:
     """The forward pass of a model that is on."""
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Pass:
 class _Made:
     """Results, and what tells whether they are those of the factors as they are."""
 
-    def __init__(self, prepared: Prepared, places: list[Place], now: Pass, *, guarded: bool) -> None:
+    def __init__(self, prepared: Prepared, places: list[Place], now: ForwardPass, *, guarded: bool) -> None:
         self.prepared, self.number = prepared, now.number
         self.guards: list[tuple[dict[str, Any], str, Tensor, int]] = []
         for holder, name in places:
@@ -100,7 +100,7 @@ class FactorCache:
     written through ``.data`` into the same place no one can see: after that, ``Adapter.refresh`` is to be called.
     """
 
-    def __init__(self, program: Program, factors: Factors, norms: Norms | None, now: Pass) -> None:
+    def __init__(self, program: Program, factors: Factors, norms: Norms | None, now: ForwardPass) -> None:
         self.program, self.factors, self.norms, self.now = program, factors, norms, now
         self._places = [(factors.holder(name), name) for name in program.code.inputs]
         self._made: dict[tuple[torch.dtype, torch.device, bool], _Made] = {}

@@ -18,7 +18,7 @@ from tensorpeft.runtime.torch_internals import (
 )
 
 
-class Pass:
+class BackwardPass:
     """The gradients of stacks in one backward pass."""
 
     def __init__(self, gradients: Gradients) -> None:
@@ -62,17 +62,17 @@ class Gradients:
     def __init__(self, stacks: tuple[Tensor, ...], factors: tuple[Tensor, ...], *, distributed: bool) -> None:
         self._factors, self._versions = factors, [factor._version for factor in factors]
         self.shapes = [(stack.shape, stack.dtype, stack.device) for stack in stacks]
-        self._passes: dict[int, Pass] = {}
+        self._passes: dict[int, BackwardPass] = {}
         self._distributed, self._taken = distributed, False
 
-    def current(self) -> Pass:
+    def current(self) -> BackwardPass:
         """What the backward pass that is on has left so far."""
         number = backward_pass()
         try:
             return self._passes[number]
         except KeyError:
             self.check()
-            found = self._passes[number] = Pass(self)
+            found = self._passes[number] = BackwardPass(self)
             at_end_of_backward(lambda: self._forget(number))
             return found
 

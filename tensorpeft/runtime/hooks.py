@@ -21,7 +21,7 @@ from tensorpeft.runtime.whole import at_exit
 PREFIX = "tensorpeft_"  # of an adapter's name among the model's submodules
 
 
-class Update(Protocol):
+class ModuleUpdate(Protocol):
     """What one adapter does at one module that it is called by."""
 
     state: State
@@ -46,8 +46,8 @@ class ModuleForward:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.before = module.__dict__.get("forward")  # as another library has put one there
-        self.updates: tuple[Update, ...] = ()  # of the output
-        self.ahead: tuple[Update, ...] = ()  # of the input
+        self.updates: tuple[ModuleUpdate, ...] = ()  # of the output
+        self.ahead: tuple[ModuleUpdate, ...] = ()  # of the input
         self.replacements: tuple[Replacement, ...] = ()
         self._bind()
 
@@ -107,10 +107,12 @@ class ModuleForward:
     @property
     def states(self) -> dict[State, None]:
         """The adapters that do, in the order in which they came."""
-        parts: list[Update | Replacement] = [*self.updates, *self.ahead, *self.replacements]
+        parts: list[ModuleUpdate | Replacement] = [*self.updates, *self.ahead, *self.replacements]
         return dict.fromkeys([each.state for each in parts])
 
-    def join(self, updates: Iterable[Update], ahead: Iterable[Update], replacements: Iterable[Replacement]) -> None:
+    def join(
+        self, updates: Iterable[ModuleUpdate], ahead: Iterable[ModuleUpdate], replacements: Iterable[Replacement]
+    ) -> None:
         """Let an adapter take part."""
         self.updates, self.ahead = (*self.updates, *updates), (*self.ahead, *ahead)
         self.replacements = (*self.replacements, *replacements)

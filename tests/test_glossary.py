@@ -20,7 +20,8 @@ GLOSSARY = set(re.findall(r"^\| (\w+) \|", TEXT, re.MULTILINE)) - {"word"}
 PLAIN = words_of("""
     add backward box cache call case catalogue checkpoint code command comparison composer config context cost counted
     decomposition dense error explanation finding form forward function gradient graph header hook index indices input
-    integer internal kept known language layer list listed listing made mapping mark meter method model module name node norm number operation output
+    integer internal kept known language layer list listed listing made mapping mark meter method
+    model module name node norm number operation output
     override page pair panel paper parameter path pass place problem product reach refused replace
     replaced replacement report resolver restore root rule run saved scalar score signature size source span
     start state storage table task tensor tensorpeft token trained tree weight whole written

@@ -53,10 +53,7 @@ class SiteTensors:
         used = [term.operands[i] for term, each in zip(group.terms, chains, strict=True) for i in _operands(each)]
         code = PrologueCode(dict.fromkeys(operand.block.name for operand in used))
         self._tensors = [
-            [
-                _TensorOfSites(*code.stack([code.part(group, term, link, _argument(link), bundles)]))
-                for link in each.links
-            ]
+            [_StackRows(*code.stack([code.part(group, term, link, _argument(link), bundles)])) for link in each.links]
             for term, each in zip(group.terms, chains, strict=True)
         ]
         self._code: fx.GraphModule = code.finish()
@@ -102,7 +99,7 @@ def _argument(link: Link) -> Argument:
     return Argument(link.operands, tuple((mode,) for mode in link.modes), link.trainable, False)
 
 
-class _TensorOfSites:
+class _StackRows:
     """Which stack has the tensors of a link, and which of its rows is each site's; several may share one."""
 
     def __init__(self, stack: int, rows: Rows) -> None:

@@ -76,9 +76,25 @@ class Programs:
 
     def prepare(self, number_bytes: int) -> None:
         """Make the programs for inputs of every length, in training and out of it, of numbers of this size."""
-        for power in range(7) if self.adapts else ():
-            for gradients in (False, True):
-                self.of(4**power, gradients=gradients, number_bytes=number_bytes, alone=True)
+        for gradients in (False, True) if self.adapts else ():
+            self._between(0, 6, gradients=gradients, number_bytes=number_bytes)
+
+    def _between(self, low: int, high: int, *, gradients: bool, number_bytes: int) -> None:
+        """Make the programs for 4**low to 4**high tokens.
+
+        What a plan costs grows linearly with the tokens, so one that is the best at both ends is the best between them.
+        """
+        regimes = [
+            self.plan.regime.near(4**power, gradients=gradients, number_bytes=number_bytes)
+            for power in range(low, high + 1)
+        ]
+        first, last = self._program(regimes[0], True), self._program(regimes[-1], True)
+        if first is last:
+            self._made |= {(regime, True): first for regime in regimes}
+        elif high - low > 1:
+            middle = (low + high) // 2
+            self._between(low, middle, gradients=gradients, number_bytes=number_bytes)
+            self._between(middle, high, gradients=gradients, number_bytes=number_bytes)
 
     def of(self, tokens: int, *, gradients: bool, number_bytes: int, alone: bool) -> Program:
         """The program for an input: as planned for about as many tokens, with or without gradients."""

@@ -53,12 +53,8 @@ def ours(model: nn.Module, name: str) -> tuple[float, float]:
     began = time.process_time()
     adapter = tp.attach(model, tp.load_spec(name))
     attached = time.process_time()
-    codes, regime = adapter._codes, adapter.plan.regime
-    for call in codes.main.code.sets:
+    for call in (call for program in adapter.engine.programs.made() for call in program.sets):
         call.program.epilogues, call.program.whole  # noqa: B018
-    decoding = codes._code(regime.near(1, gradients=False, number_bytes=2))
-    for call in decoding.code.sets:
-        call.program.epilogues  # noqa: B018
     return attached - began, time.process_time() - attached
 
 

@@ -123,5 +123,5 @@ def test_the_file_it_was_loaded_from_may_be_replaced(tmp_path: Path) -> None:
     adapter = tp.load(model, tmp_path)
     expected = sample.outputs(model)
     (tmp_path / sample.FILE).write_bytes(b"x" * (tmp_path / sample.FILE).stat().st_size)
-    adapter.forget()
+    adapter.refresh()
     assert torch.equal(sample.outputs(model), expected)

@@ -296,7 +296,7 @@ def place(adapter: tp.Adapter, values: Callable[[Site], Values]) -> None:
         for name, value in values(site).items():
             own = stored_at(adapter, tensors, references[name], site, modes_at(adapter, site))
             own.copy_(value.reshape(own.shape))  # a side that is split has its parts here
-    adapter.forget()
+    adapter.refresh()
 
 
 def compare(architecture: str, name: str, modules: list[str], part: Callable[[Site, Values], Values]) -> None:

@@ -108,6 +108,6 @@ def test_equals_peft(name: str) -> None:
     for site in adapter.sites:
         positions, values = kept(adapter, method.factor, site)
         values.data.copy_(told(theirs[site.module], method, positions, site.d_in, draw))
-    adapter.forget()
+    adapter.refresh()
     changes = {path: method.change(layer) for path, layer in theirs.items()}
     check_agrees("llama", base, adapter, other, changes, method.tolerance)

@@ -13,7 +13,6 @@ from tensorpeft.runtime.engine import Engine
 from tensorpeft.runtime.hooks import (
     PREFIX,
     Mark,
-    ModuleForward,
     forward_of,
     is_adapter,
     remove_root_hooks,
@@ -63,10 +62,8 @@ def remove(state: State, *, keep: bool = False) -> None:
     if model is None:
         return
     remove_root_hooks(model, state)
-    for module in state.modules:
-        found = module.__dict__.get("forward")
-        if isinstance(found, ModuleForward):
-            found.leave(state)
+    for module, forward in state.modules:
+        forward.leave(state)
         remove_forward_hooks(module, lambda hook: isinstance(hook, Mark) and hook.state is state)
     state.trained.detach(state, keep=keep)
     for held in state.held:
@@ -145,6 +142,6 @@ def _join(engine: Engine, module: nn.Module, path: str) -> None:
     for other in forward.states:
         state.neighbours.add(other)
         other.neighbours.add(state)
-    state.modules.append(module)
+    state.modules.append((module, forward))
     module.__dict__["forward"] = forward
     forward.join(updates, ahead, [ReplacedWeight(engine, each) for each in weights.read.get(path, ())])

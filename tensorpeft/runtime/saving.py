@@ -68,7 +68,8 @@ def _values(state: State, factor: str, tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         raise AdapterError(f"{name} is on the meta device: it has no values to save")
     if dtype_name(tensor) not in DTYPES:
-        raise AdapterError(f"{name} is {dtype_name(tensor)}, expected one of {', '.join(DTYPES)}; nothing was saved")
+        floating = ", ".join(dtype for dtype in DTYPES if "float" in dtype)  # a normalisation alone counts in integers
+        raise AdapterError(f"{name} is {dtype_name(tensor)}, expected one of {floating}; nothing was saved")
     copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     if not copy.isfinite().all():
         raise AdapterError(f"{name} has values that are not finite; nothing was saved")

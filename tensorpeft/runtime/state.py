@@ -47,7 +47,7 @@ class State:
         self.plan, self.name, self.factors, self.trained, self.adapts = plan, name, factors, trained, adapts
         self.model: nn.Module | None = None
         self.held: list[Held] = []
-        self.modules: list[nn.Module] = []  # whose forwards it is part of
+        self.modules: list[tuple[nn.Module, Any]] = []  # whose forwards it is part of, and these
         self.merged: Merged | None = None
         self.disabled_by: set[object] = set()  # the contexts within which it is disabled
         self.neighbours: set[State] = set()  # adapters that have modules in common with this one
@@ -100,6 +100,9 @@ class State:
             if name not in children or children[name] is not module:
                 self._look_again()
                 break
+        for module, forward in self.modules:
+            if "forward" not in module.__dict__:  # whoever had put another one there took more away than that
+                module.__dict__["forward"] = forward
         if self.trained.paths:
             self.trained.follow()
         for held in self.held:
@@ -110,7 +113,7 @@ class State:
 
     def _look_again(self) -> None:
         """Something lies elsewhere. Layers may be left out or turned round, but the module of a site is to be an adapted one."""
-        model, own = self.base_model(), {id(module) for module in self.modules}
+        model, own = self.base_model(), {id(module) for module, _ in self.modules}
         for path in dict.fromkeys(site.module for site in self.network.sites):
             try:
                 now = model.get_submodule(path)

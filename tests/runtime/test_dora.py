@@ -185,7 +185,7 @@ def test_a_weight_that_changes_is_noticed(change: Any) -> None:
     with torch.no_grad():
         run(base, x)
         change(module.weight, module)
-        found = adapter.magnitudes.norms()["m_d_out64"][0, 0]
+        found = adapter.engine.magnitudes.norms()["m_d_out64"][0, 0]
         expected = lengths(adapter, module.weight)
     assert (found - expected).norm() <= 1e-12 * expected.norm()
 
@@ -196,7 +196,7 @@ def test_norms_of_bfloat16_weights_are_taken_in_float32() -> None:
     randomise(adapter)
     weight = base.get_submodule("model.layers.0.self_attn.q_proj").weight.detach().double()
     pair = adapter.factors["B_d_out64"][0, 0].double() @ adapter.factors["A"][0, 0].double()
-    found, expected = adapter.magnitudes.norms()["m_d_out64"][0, 0], (weight + pair).norm(dim=1)
+    found, expected = adapter.engine.magnitudes.norms()["m_d_out64"][0, 0], (weight + pair).norm(dim=1)
     assert found.dtype == torch.float32
     assert (found - expected).norm() <= 1e-6 * expected.norm()
 
@@ -208,7 +208,7 @@ def test_a_row_that_dw_cancels_stays_finite() -> None:
     with torch.no_grad():  # the first row of B A is -W's, as well as float32 has it
         adapter.factors["A"][0, 0, 0] = weight[0] * 3
         adapter.factors["B_d_out64"][0, 0, 0, 0] = -1 / 3
-    norms = adapter.magnitudes.norms()["m_d_out64"][0, 0]
+    norms = adapter.engine.magnitudes.norms()["m_d_out64"][0, 0]
     assert norms[0] <= 1e-3 * weight[0].norm()
     assert norms.isfinite().all()
     run(base, inputs("llama").float() if inputs("llama").is_floating_point() else inputs("llama")).sum().backward()

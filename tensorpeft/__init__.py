@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from tensorpeft.language.loader import load_spec
     from tensorpeft.language.spec import Spec
     from tensorpeft.pipeline import attach, load, report
+    from tensorpeft.planning.regime import Regime
     from tensorpeft.reporting.report import Report
     from tensorpeft.runtime.adapter import Adapter
 
@@ -30,6 +31,7 @@ __all__ = [
     "AdapterError",
     "CheckpointError",
     "ModelError",
+    "Regime",
     "Report",
     "Spec",
     "SpecError",
@@ -46,6 +48,7 @@ _HOMES = {
     "language.errors": ("AdapterError", "CheckpointError", "ModelError", "SpecError", "TensorpeftError"),
     "language.loader": ("load_spec",),
     "language.spec": ("Spec",),
+    "planning.regime": ("Regime",),
     "reporting.report": ("Report",),
     "runtime.adapter": ("Adapter",),
 }

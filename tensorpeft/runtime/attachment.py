@@ -19,10 +19,10 @@ from tensorpeft.runtime.hooks import (
     set_root_hooks,
 )
 from tensorpeft.runtime.ledger import entry, known
-from tensorpeft.runtime.replacement import OutputUpdate, ReplacedWeight
 from tensorpeft.runtime.site_update import SiteUpdate
 from tensorpeft.runtime.state import Held, State
 from tensorpeft.runtime.torch_internals import remove_forward_hooks
+from tensorpeft.runtime.weight_updates import OutputUpdate, ReplacedWeight
 
 
 def install(engine: Engine, adapter: nn.Module, model: nn.Module, values: Mapping[str, Tensor]) -> None:

@@ -10,7 +10,6 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
@@ -37,11 +36,6 @@ class SetCall:
     modules: tuple[Site, ...]  # the first site of each module
     arguments: tuple[tuple[int, int], ...]  # of each: which stack, and which row of it
     indices: Mapping[str, Index]
-
-    @cached_property
-    def named_arguments(self) -> tuple[tuple[str, tuple[int, int]], ...]:
-        """The arguments by the names that its code has for them."""
-        return tuple((f"p{number}", place) for number, place in enumerate(self.arguments))
 
 
 @dataclass(frozen=True)

@@ -161,7 +161,7 @@ class Adapter(nn.Module):
             AdapterError: it is merged already, a weight is quantised or shared, an update is not finite, the sum is beyond the
                 range of the weight's dtype, or no task is given. Nothing was merged then.
         """
-        self.state.check_base()
+        self.state.check_parameters()
         merging.merge(self.engine, task)
 
     def unmerge(self) -> None:
@@ -210,7 +210,7 @@ class Adapter(nn.Module):
             AdapterError: a factor has no values (on the meta device), or some that are not finite; or a module was replaced.
             OSError: the folder or the file cannot be written.
         """
-        self.state.check_base()
+        self.state.check_parameters()
         return saving.save(self.state, folder)
 
     def reset_parameters(self) -> None:

@@ -228,9 +228,9 @@ def stacked(
 def _given(program: Program, stacks: tuple[Tensor, ...], device: torch.device) -> list[dict[str, Any]]:
     """For each input set the tensors that its code is given: rows of the stacks, and constant indices."""
     rows, found = [stack.unbind() for stack in stacks], []
-    for call, constants in zip(program.sets, program.indices(device)[1], strict=True):
+    for arguments, constants in zip(program.arguments, program.indices(device)[1], strict=True):
         mine: dict[str, Any] = {**constants}
-        for name, (stack, row) in call.named_arguments:
+        for name, (stack, row) in arguments:
             mine[name] = rows[stack][row]
         found += [mine]
     return found

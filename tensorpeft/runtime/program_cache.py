@@ -25,6 +25,8 @@ class Program:
         self.order = planned.order
         self.code = emit(planned)
         self.sets: tuple[SetCall, ...] = self.code.sets
+        # of each set: its arguments by the names that its code has for them
+        self.arguments = [[(f"p{n}", place) for n, place in enumerate(call.arguments)] for call in self.sets]
         self.outputs = self._places("output", "site")
         self.products = self._places("output")
         self.inputs = self._places("input")

@@ -26,7 +26,7 @@ class SiteUpdate:
 
     def __call__(self, module: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """The output y (..., d_out) for the input x (..., d_in), with the updates added, in the memory of y."""
-        if is_dynamo_compiling():
+        if is_dynamo_compiling() or self.engine.now.is_traced:
             return self.engine.traced.update(self.path, module, x, y, ahead=self.ahead)
         if y.dtype is torch.float16:  # in whose range x A need not lie
             return self(module, x, y.float()).to(torch.float16)
@@ -34,6 +34,8 @@ class SiteUpdate:
         try:
             steps = self._steps[x.shape, grad, y.dtype, self.state.alone]
         except (KeyError, TypeError):  # new; or of a size that is a symbol, which has no hash
+            if is_traced():  # outside of a forward of the whole model
+                return self.engine.traced.update(self.path, module, x, y, ahead=self.ahead)
             steps = self._steps_for(x, y, grad)
         for shared, place in steps:
             mine, run = 1 << place, shared.run
@@ -69,8 +71,6 @@ class SiteUpdate:
         if len(self._steps) >= _MANY:
             self._steps.clear()
         found = self.engine.steps(self.path, x, y, grad=grad, ahead=self.ahead)
-        if is_traced():
-            return found
         self._steps[x.shape, grad, y.dtype, self.state.alone] = found
         return found
 

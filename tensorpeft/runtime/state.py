@@ -105,11 +105,24 @@ class State:
                 module.__dict__["forward"] = forward
         if self.trained.paths:
             self.trained.follow()
+
+    def check_parameters(self) -> None:
+        """The same of every parameter: at a merge and a save, as ``functional_call`` puts others there for one forward.
+
+        Raises:
+            AdapterError: one was replaced while an adapter was merged into it.
+        """
+        self.check_base()
         for held in self.held:
-            here = held.owner._parameters
-            is_free = held.entry.trainer is None  # else it was looked for already
-            if is_free and held.name in here and here[held.name] is not held.entry.parameter:
-                self._follow(held, here[held.name])
+            now = held.owner._parameters.get(held.name)
+            if now is None or now is held.entry.parameter or held.entry.trainer is not None:
+                continue
+            if held.entry.additions:
+                raise AdapterError(
+                    f"`{held.path}` was replaced while an adapter was merged into it, so that update is in nothing now; "
+                    "detach(keep_merged=True) lets go of it"
+                )
+            held.entry.move(now)
 
     def _look_again(self) -> None:
         """Something lies elsewhere. Layers may be left out or turned round, but the module of a site is to be an adapted one."""
@@ -125,17 +138,6 @@ class State:
                     "which is not on what is there now; detach it and attach it again"
                 )
         self.edges = [each for each in self.edges if each[0].get(each[1]) is each[2]]
-
-    def _follow(self, held: Held, now: nn.Parameter | None) -> None:
-        """The model has another parameter there, as ``load_state_dict(assign=True)`` leaves it."""
-        if now is None:
-            return
-        if held.entry.additions:
-            raise AdapterError(
-                f"`{held.path}` was replaced while an adapter was merged into it, so that update is in nothing now; "
-                "detach(keep_merged=True) lets go of it"
-            )
-        held.entry.move(now)
 
     def base_model(self) -> nn.Module:
         """The model that it is attached to.

@@ -90,7 +90,10 @@ class TrainedBase(nn.Module):
         """
         for path, mine in self._entries.items():
             now = self._owner(path)._parameters.get(path.rpartition(".")[2])
-            if now is mine.parameter:
+            is_for_one_call = now is not None and not (
+                isinstance(now, nn.Parameter) and now.is_leaf
+            )  # functional_call's
+            if now is mine.parameter or is_for_one_call:
                 continue
             if now is None or now.shape != mine.parameter.shape:
                 found = "gone" if now is None else f"replaced by one of shape {tuple(now.shape)}"

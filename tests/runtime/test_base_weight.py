@@ -16,7 +16,8 @@ from tensorpeft.network.lower import lower
 from tensorpeft.network.network import Network, Term
 from tensorpeft.planning.plan import plan
 from tensorpeft.planning.regime import Regime
-from tensorpeft.runtime.attach import attach_plan
+from tensorpeft.runtime.attach import attach_programs
+from tensorpeft.runtime.program_cache import Programs
 from tensorpeft.scanning.scan import scan
 from tests.models import inputs, randomise, run
 from tests.runtime.reference import AT_SITE, LETTERS, modes_at, stored_at, unpacked
@@ -52,7 +53,7 @@ def with_base(network: Network) -> Network:
 
 def attached(base: nn.Module, name: str, tokens: int = 4096) -> tp.Adapter:
     network = with_base(lower(tp.load_spec(HEAD + SPECS[name]), scan(base)))
-    return attach_plan(base, plan(network, Regime(tokens)))
+    return attach_programs(base, Programs(plan(network, Regime(tokens)), adapts=True))
 
 
 def dense(base: nn.Module, adapter: tp.Adapter, factors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -205,14 +206,18 @@ def test_of_a_quantised_weight_what_adds_to_its_input_works(name: str, refused: 
 
 def attached_to_mix(base: nn.Module, name: str) -> tp.Adapter:
     text = HEAD.replace("query, value", "'*.mix'") + SPECS[name]
-    return attach_plan(base, plan(with_base(lower(tp.load_spec(text), scan(base))), Regime()))
+    return attach_programs(
+        base, Programs(plan(with_base(lower(tp.load_spec(text), scan(base))), Regime()), adapts=True)
+    )
 
 
 def test_a_quantised_base_weight_is_refused() -> None:
     base = model("plain")
     base.blocks[0]["mix"] = Quantised(base.blocks[0]["mix"])
     text = HEAD.replace("query, value", "'*.mix'") + "update: B[matrix, layer, d_out] * W0[d_out, d_in]"
-    adapter = attach_plan(base, plan(with_base(lower(tp.load_spec(text), scan(base))), Regime()))
+    adapter = attach_programs(
+        base, Programs(plan(with_base(lower(tp.load_spec(text), scan(base))), Regime()), adapts=True)
+    )
     message = (
         f"adapter `{adapter.name}` multiplies by the base weight `W`, but that of `blocks.0.mix` (Quantised) "
         "is no plain matrix of numbers"

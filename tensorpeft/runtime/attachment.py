@@ -78,7 +78,8 @@ def remove(state: State, *, keep: bool = False) -> None:
         model._modules.pop(PREFIX + state.name, None)
     for each in neighbours:
         each.refresh()
-    state.model, state.held, state.edges, state.modules = None, [], [], []
+    state.model, state.held, state.edges = None, [], []
+    state.modules, state.former = [], [forward for _, forward in state.modules] or state.former
     state.refresh()
 
 

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from threading import RLock
 from typing import Any, Protocol
+from weakref import WeakValueDictionary
 
 from torch import Tensor, nn
 
@@ -148,7 +149,17 @@ class ModuleForward:
 def forward_of(module: nn.Module) -> ModuleForward:
     """What stands before a module's own forward; new, and not yet there, if nothing does."""
     found = module.__dict__.get("forward")
-    return found if isinstance(found, ModuleForward) else ModuleForward(module)
+    if isinstance(found, ModuleForward):
+        return found
+    former = _former.get(id(module))
+    if former is not None and former.module is module and former.before is found:
+        return former
+    _former[id(module)] = made = ModuleForward(module)
+    return made
+
+
+# A compiled model asks whether a module has the very forward that it had: the next adapter takes over what a detached one left.
+_former: WeakValueDictionary[int, ModuleForward] = WeakValueDictionary()
 
 
 def _refuse_nested(module: nn.Module) -> None:

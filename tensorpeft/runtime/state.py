@@ -48,6 +48,7 @@ class State:
         self.model: nn.Module | None = None
         self.held: list[Held] = []
         self.modules: list[tuple[nn.Module, Any]] = []  # whose forwards it is part of, and these
+        self.former: list[Any] = []  # forwards that it was part of, while it is detached
         self.merged: Merged | None = None
         self.disabled_by: set[object] = set()  # the contexts within which it is disabled
         self.neighbours: set[State] = set()  # adapters that have modules in common with this one

@@ -72,7 +72,10 @@ def is_plain(module: nn.Module) -> bool:
 
 
 _PLAIN = {each.forward for each in (nn.Linear, nn.Embedding, *CONVOLUTIONS)}
-_PLAIN_BY_NAME = {"transformers.pytorch_utils.Conv1D.forward"}
+_PLAIN_BY_NAME = {
+    "transformers.pytorch_utils.Conv1D.forward",
+    "transformers.models.falcon.modeling_falcon.FalconLinear.forward",
+}
 
 
 def _has_numbers(module: nn.Module) -> bool:

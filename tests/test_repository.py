@@ -33,7 +33,7 @@ def test_the_changelog_has_an_entry_for_this_version():
 
 
 def test_the_package_says_the_same_version():
-    assert f'__version__ = "{PROJECT["project"]["version"]}"' in (PACKAGE / "__init__.py").read_text()
+    assert f'__version__ = "{PROJECT["project"]["version"]}"' in (PACKAGE / "version.py").read_text()
 
 
 def test_every_dependency_is_pinned_for_the_tests():

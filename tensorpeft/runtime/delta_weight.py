@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 import numpy as np
 import torch
@@ -78,7 +79,7 @@ def _of_task(group: Group, task: int) -> Group:
         if "task" not in old.modes:
             return old
         sizes = tuple(1 if mode == "task" else size for mode, size in zip(old.modes, old.sizes, strict=True))
-        take = tuple((task,) if a.mode == "task" else t for a, t in zip(old.block.free_axes, old.take, strict=True))
+        take = tuple(_positions(old, task))
         return replace(old, sizes=sizes, take=take)
 
     terms = (
@@ -86,6 +87,23 @@ def _of_task(group: Group, task: int) -> Group:
         for term in group.terms
     )
     return replace(group, terms=tuple(terms))
+
+
+def _positions(operand: Operand, task: int) -> Iterator[Sequence[int] | None]:
+    """For each free axis of an operand what is taken of it for one task, which an axis may hold with other modes."""
+    atoms = list(zip(operand.modes, operand.sizes, strict=True))
+    for axis, some in zip(operand.block.free_axes, operand.take, strict=True):
+        length = axis.size if some is None else len(some)
+        mine: list[tuple[str, int]] = []
+        while atoms and prod([size for _, size in mine]) * atoms[0][1] <= length:
+            mine.append(atoms.pop(0))
+        modes = [mode for mode, _ in mine]
+        if "task" not in modes:
+            yield some
+            continue
+        grid = np.arange(length).reshape([size for _, size in mine])
+        found = grid.take(task, modes.index("task")).ravel()
+        yield tuple(found.tolist() if some is None else np.asarray(some)[found].tolist())
 
 
 class _DensePart:

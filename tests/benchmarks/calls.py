@@ -85,13 +85,11 @@ def base() -> nn.Module:
 
 
 def decode(model: nn.Module) -> None:
-    model.eval()
     with torch.no_grad():
         model(input_ids=ONE, use_cache=False)
 
 
 def train(model: nn.Module) -> None:
-    model.train()
     model(input_ids=MANY, labels=MANY, use_cache=False).loss.backward()
     for parameter in model.parameters():
         parameter.grad = None
@@ -119,7 +117,10 @@ def per_module(adapt: Callable[[nn.Module], nn.Module], modules: int) -> tuple[f
     """The calls that an adapter adds at each module: decoding, training."""
     bare = base()
     adapted = adapt(copy.deepcopy(bare))
-    decoding, training = (calls(step, adapted) - calls(step, bare) for step in (decode, train))
+    bare.eval(), adapted.eval()
+    decoding = calls(decode, adapted) - calls(decode, bare)
+    bare.train(), adapted.train()
+    training = calls(train, adapted) - calls(train, bare)
     return decoding / modules / LAYERS, training / modules / LAYERS
 
 

@@ -176,6 +176,10 @@ CASES: dict[str, tuple[Adapt, Adapt | None]] = {
     "VeRA r=256, q and v": (ours("vera", QV, 256), theirs(peft.VeraConfig(r=256, target_modules=QV))),
     "LoHa r=8, q and v": (ours("loha", QV, 8), theirs(peft.LoHaConfig(r=8, target_modules=QV))),
     "LoKr r=8, q and v": (ours("lokr", QV, 8), theirs(peft.LoKrConfig(r=8, target_modules=QV))),
+    "DoRA r=8, q and v": (
+        ours("dora", QV, 8),
+        theirs(peft.LoraConfig(r=8, use_dora=True, target_modules=QV)),
+    ),
     "IA3, k, v and down": (ours("ia3", KVD), theirs(peft.IA3Config(target_modules=KVD, feedforward_modules=KVD[2:]))),
 }
 

@@ -22,7 +22,7 @@ def test_calls_per_adapted_module(name: str) -> None:
 def test_the_first_forward_finds_its_plan_and_its_code(name: str) -> None:
     """Planning and emission are attach's: what is left to the first pass are shapes that it has not seen."""
     _, spec, settings, _, _ = calls.ROWS[name]
-    bare = calls.base()
+    bare = calls.base().eval()
     calls.decode(bare)  # imports of the library's own
     model = copy.deepcopy(bare)
     tp.attach(model, tp.load_spec(spec, **settings))

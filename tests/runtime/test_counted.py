@@ -14,6 +14,7 @@ WANTED = {
     "VeRA r=256, q and v": (16, 0.18, 0.13, 0.13),
     "LoHa r=8, q and v": (10, 0.37, 0.2653, 0.2653),
     "LoKr r=8, q and v": (17, 0.15, 0.04, 0.04),
+    "DoRA r=8, q and v": (30, 0.19, 0.007, 0.0104),
     "IA3, k, v and down": (18, 0.3, 0, 0),  # products alone count
 }
 

@@ -11,6 +11,7 @@ from tensorpeft.language.errors import AdapterError, did_you_mean
 from tensorpeft.model.shape import Site
 from tensorpeft.runtime.base_weight import WeightPlace, attached_weight, weight_place
 from tensorpeft.runtime.engine import Engine
+from tensorpeft.runtime.hooks import PREFIX
 from tensorpeft.runtime.ledger import BaseParameter, entry
 from tensorpeft.runtime.site_tensors import Value
 from tensorpeft.runtime.state import Merged, State
@@ -156,7 +157,7 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
     """For each parameter of a model, by its id, the modules that have it."""
     owners: dict[int, list[str]] = {}
     for path, module in model.named_modules():
-        if path.startswith("tensorpeft_") or ".tensorpeft_" in path:
+        if f".{PREFIX}" in f".{path}":
             continue
         for parameter in module.parameters(recurse=False):
             owners.setdefault(id(parameter), []).append(path)

@@ -170,10 +170,6 @@ class State:
             raise AdapterError(f"tasks() was given {ids.shape[0]} ids, but {site} has a batch of {x.shape[0]} rows")
         return ids
 
-    def snapshot(self) -> dict[str, Tensor]:
-        """Copies of the factors as they are."""
-        return {block.name: self.factors[block.name].detach().clone() for block in self.network.blocks}
-
 
 def _restored(plan: Plan, name: str, factors: Factors, adapts: bool) -> State:
     return State(plan, name, factors, TrainedBase(()), adapts=adapts)
